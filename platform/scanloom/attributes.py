@@ -1,0 +1,206 @@
+"""What a scan is of: the attribute schema that travels from corpus to generator to dataset.
+
+An attribute's value is a str (category), a float in the declared unit (number), a tuple of labels in declared order
+(labels; the empty tuple says "none of them"), or None: unknown. torch-free, so that curation needs no GPU stack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from scanloom.errors import ArtefactError, RecipeError, ScanError
+from scanloom.recipe import (
+    AttributeDeclaration,
+    CategoryAttribute,
+    LabelsAttribute,
+    NumberAttribute,
+    nearest,
+)
+
+Value = str | float | tuple[str, ...] | None
+Attributes = Mapping[str, Value]
+
+
+class AttributeSchema(BaseModel):
+    """The ordered attribute declarations of a corpus, a generator or a dataset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    declarations: Annotated[tuple[AttributeDeclaration, ...], Field(min_length=1)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(d.name for d in self.declarations)
+
+    def __getitem__(self, name: str) -> AttributeDeclaration:
+        for declaration in self.declarations:
+            if declaration.name == name:
+                return declaration
+        raise RecipeError(f"no attribute {name!r} in the schema{nearest(name, self.names)}")
+
+    def parse(self, raw: Mapping[str, str | None]) -> dict[str, Value]:
+        """Schema values from a source's text (key: the declaration's `source` or name).
+
+        Absent or empty text is unknown. Text outside the declared values is unknown too, so that no free text of a
+        source can pass; labels that the schema does not name are left out.
+
+        Raises ScanError("attribute-out-of-range") for a number outside the declared range and
+        ScanError("attribute-not-a-number") for text where a number is declared.
+        """
+        return {d.name: _parse(d, raw.get(d.source or d.name)) for d in self.declarations}
+
+    def check(self, values: Mapping[str, object]) -> dict[str, Value]:
+        """The values in schema order and canonical form; attributes left out become unknown.
+
+        Raises RecipeError that names the attribute, what was found and what is allowed.
+        """
+        for name in values:
+            self[name]
+        return {d.name: _check(d, values.get(d.name)) for d in self.declarations}
+
+    def arrow_fields(self) -> list[pa.Field]:
+        """One nullable Parquet column per attribute: string, float32 or list<string>."""
+        types = {"category": pa.string(), "number": pa.float32(), "labels": pa.list_(pa.string())}
+        return [pa.field(d.name, types[d.kind]) for d in self.declarations]
+
+    def from_row(self, row: Mapping[str, object]) -> dict[str, Value]:
+        """The attributes of one Parquet row (lists back to tuples; NaN back to unknown)."""
+        return self.check({n: _plain(row.get(n)) for n in self.names})
+
+
+class Range(BaseModel):
+    """Closed range of a number that was seen in training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    low: float
+    high: float
+
+
+class Envelope(BaseModel):
+    """What a generator was trained on: per attribute the seen values with counts, or the seen range.
+
+    Requests outside it are refused: there the generator would only guess.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scans: int
+    values: Mapping[str, Mapping[str, int]]
+    """category and labels attributes: value -> number of training scans that have it."""
+    ranges: Mapping[str, Range]
+    """number attributes."""
+
+    @classmethod
+    def of(cls, schema: AttributeSchema, rows: Iterable[Attributes]) -> Envelope:
+        """The envelope of these training rows."""
+        counts: dict[str, dict[str, int]] = {d.name: {} for d in schema.declarations if d.kind != "number"}
+        lows: dict[str, float] = {}
+        highs: dict[str, float] = {}
+        total = 0
+        for row in rows:
+            total += 1
+            for name, value in row.items():
+                if isinstance(value, float):
+                    lows[name] = min(value, lows.get(name, value))
+                    highs[name] = max(value, highs.get(name, value))
+                elif value is not None:
+                    for item in (value,) if isinstance(value, str) else value:
+                        counts[name][item] = counts[name].get(item, 0) + 1
+        ranges = {name: Range(low=lows[name], high=highs[name]) for name in sorted(lows)}
+        return cls(scans=total, values={n: dict(sorted(c.items())) for n, c in counts.items()}, ranges=ranges)
+
+    def require(self, attributes: Attributes) -> None:
+        """Raise ArtefactError naming attribute, request and envelope where a request lies outside it."""
+        for name, value in attributes.items():
+            if isinstance(value, float):
+                seen = self.ranges.get(name)
+                if seen is None or not seen.low <= value <= seen.high:
+                    span = f"{seen.low:g} to {seen.high:g}" if seen else "nothing"
+                    raise ArtefactError(f"{name}={value:g} is outside the trained envelope; trained on {span}")
+            elif value is not None:
+                known = self.values.get(name, {})
+                for item in (value,) if isinstance(value, str) else value:
+                    if item not in known:
+                        raise ArtefactError(
+                            f"{name}={item!r} is outside the trained envelope; trained on {', '.join(known) or 'nothing'}"
+                        )
+
+
+def describe(attributes: Attributes) -> str:
+    """A short caption, e.g. `F 63 PA cardiomegaly`; unknown attributes are left out, no findings reads `none`."""
+    words = []
+    for value in attributes.values():
+        if isinstance(value, float):
+            words.append(f"{value:.0f}")
+        elif isinstance(value, tuple):
+            words.append("+".join(value) or "none")
+        elif value is not None:
+            words.append(value)
+    return " ".join(words)
+
+
+def _parse(declaration: AttributeDeclaration, text: str | None) -> Value:
+    text = (text or "").strip()
+    if not text:
+        return None
+    if isinstance(declaration, NumberAttribute):
+        return _parse_number(declaration, text)
+    if isinstance(declaration, LabelsAttribute):
+        found = {part.strip() for part in text.split(declaration.separator)}
+        return tuple(value for value in declaration.values if value in found)
+    spelled = declaration.aliases.get(text, text)
+    return spelled if spelled in declaration.values else None
+
+
+def _parse_number(declaration: NumberAttribute, text: str) -> float:
+    # DICOM ages are AS: 054Y, 018M, 003W, 010D (PS3.5 6.2).
+    per_year = {"Y": 1.0, "M": 12.0, "W": 52.1775, "D": 365.25}
+    divisor = 1.0
+    if declaration.unit == "years" and len(text) == 4 and text[3] in per_year and text[:3].isdigit():
+        divisor, text = per_year[text[3]], text[:3]
+    try:
+        value = float(text) / divisor
+    except ValueError:
+        raise ScanError("attribute-not-a-number", declaration.name, "holds text where a number is declared") from None
+    if declaration.cap is not None:
+        value = min(value, declaration.cap)
+    if not (math.isfinite(value) and declaration.minimum <= value <= declaration.maximum):
+        span = f"[{declaration.minimum:g}, {declaration.maximum:g}] {declaration.unit}"
+        raise ScanError("attribute-out-of-range", declaration.name, f"lies outside the declared range {span}")
+    return value
+
+
+def _check(declaration: AttributeDeclaration, value: object) -> Value:
+    if value is None:
+        return None
+    if isinstance(declaration, NumberAttribute):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            number = float(value)
+            if declaration.minimum <= number <= declaration.maximum:
+                return number
+        raise RecipeError(
+            f"{declaration.name}={value!r}: expected a number in [{declaration.minimum:g}, {declaration.maximum:g}] "
+            f"{declaration.unit}"
+        )
+    if isinstance(declaration, CategoryAttribute):
+        if value in declaration.values:
+            return str(value)
+        raise RecipeError(f"{declaration.name}={value!r}{nearest(str(value), declaration.values)}")
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise RecipeError(f"{declaration.name}={value!r}: expected a list of labels, possibly empty")
+    found = {str(item) for item in value}
+    for item in sorted(found - set(declaration.values)):
+        raise RecipeError(f"{declaration.name}={item!r}{nearest(item, declaration.values)}")
+    return tuple(item for item in declaration.values if item in found)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value

@@ -1,0 +1,132 @@
+"""What a person sees of a job: a progress bar with rate and time left, a result table, one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Remaining
+from rich.table import Table
+
+from scanloom.errors import ScanloomError
+
+LOG = logging.getLogger("scanloom")
+Advance = Callable[[int], None]
+
+
+@contextmanager
+def progress(
+    what: str, total: int, unit: str, *, done: int = 0, every_s: float = 10.0
+) -> Iterator[Callable[..., None]]:
+    """A callable `advance(n, **figures)`; a bar with rate and ETA on a terminal, a log line every `every_s` elsewhere."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _bar(what, total, unit, done, console) as advance:
+            yield advance
+        return
+    started = last = time.monotonic()
+    count = done
+
+    def advance_logged(n: int = 1, **figures: float) -> None:
+        nonlocal count, last
+        count += n
+        now = time.monotonic()
+        if now - last >= every_s or count >= total:
+            last = now
+            rate = (count - done) / max(now - started, 1e-9)
+            left = (total - count) / rate if rate else float("inf")
+            LOG.info("%s %d/%d %s, %.3g/s, %.0f s left%s", what, count, total, unit, rate, left, _figures(figures))
+
+    yield advance_logged
+
+
+@contextmanager
+def _bar(what: str, total: int, unit: str, done: int, console: Console) -> Iterator[Callable[..., None]]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit + "{task.fields[figures]}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        Remaining(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=total, completed=done, figures="", rate="")
+        started, count = time.monotonic(), 0
+
+        def advance(n: int = 1, **figures: float) -> None:
+            nonlocal count
+            count += n
+            rate = count / max(time.monotonic() - started, 1e-9)
+            bar.update(task, advance=n, figures=_figures(figures), rate=f"{rate:.3g}/s")
+
+        yield advance
+
+
+def _figures(figures: Mapping[str, float]) -> str:
+    return "".join(f" {name} {value:.4g}" for name, value in figures.items())
+
+
+def result_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print what a job made and where, to standard output."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row), style=None)
+    console = Console()
+    # A piped table must not break URIs that a next command is to read.
+    console.print(table) if console.is_terminal else Console(width=200).print(table)
+
+
+def log_to_stderr() -> None:
+    """One line an event, on standard error."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s", force=True)
+    for noisy in ("botocore", "boto3", "urllib3", "ray", "deepspeed", "DeepSpeed", "dicomanonymizer"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def run(main: Callable[[], None]) -> int:
+    """Exit code of `main`: 0, or 2 with one line on standard error where a ScanloomError ended it.
+
+    An error that crossed a Ray worker is found under its wrappers. Anything else passes through with its traceback.
+    """
+    log_to_stderr()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)  # noqa: T201
+        return 130
+    except Exception as error:
+        known = root_cause(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+def root_cause(error: BaseException) -> ScanloomError | None:
+    """The ScanloomError at the bottom of an exception, also under Ray's task and training wrappers; None if none."""
+    queue: list[BaseException] = [error]
+    seen: set[int] = set()
+    found: ScanloomError | None = None
+    while queue:
+        current = queue.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        # Ray's dual-class errors are instances of the cause's class too, but their text is a traceback.
+        if isinstance(current, ScanloomError) and not hasattr(current, "cause"):
+            found = current
+            break
+        inner = [getattr(current, "cause", None), current.__cause__, current.__context__]
+        inner += list(getattr(current, "worker_failures", {}).values())
+        inner += [getattr(current, "_base_exception", None), getattr(current, "controller_failure", None)]
+        queue += [e for e in inner if isinstance(e, BaseException)]
+    return found

@@ -1,0 +1,390 @@
+"""Recipes: the one configuration of every job, as strict pydantic models.
+
+A recipe is a YAML file; `--set generate.images=512` overrides one value; a key that no model knows is an error
+that names the nearest one. The resolved recipe is stored in the manifest of what it made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scanloom.errors import RecipeError
+
+# Column names of the Parquet shards that no attribute may shadow.
+RESERVED_COLUMNS = frozenset(
+    {
+        "id", "index", "image", "patient", "study", "split", "seed", "solver", "steps", "guidance_scale", "generator",
+        "width", "height", "bits_stored", "spacing_mm", "mean", "logvar", "unit", "member", "sop_instance_uid",
+        "dicom_shard", "dicom_offset", "dicom_length", "share", "count", "attributes", "cell", "mean_intensity",
+    }
+)  # fmt: skip
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen block of a recipe that refuses unknown keys by naming the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_nearest_key(cls, data: object) -> object:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key {key!r}{nearest(str(key), cls.model_fields)}")
+        return data
+
+
+def nearest(word: str, known: Mapping[str, object] | Sequence[str]) -> str:
+    """A hint such as `; did you mean 'steps'?`, or the list of what is known when nothing is near."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"
+
+
+# --- attributes -----------------------------------------------------------------------------------------------
+
+
+class _Named(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,40}$")]
+    source: str = ""
+    """DICOM keyword or CSV column that holds it; empty: the same as `name`."""
+
+    @model_validator(mode="after")
+    def _not_reserved(self) -> Self:
+        if self.name in RESERVED_COLUMNS:
+            raise ValueError(f"attribute {self.name!r} has the name of a shard column; choose another name")
+        return self
+
+
+class CategoryAttribute(_Named):
+    """Exactly one of `values`, or unknown."""
+
+    kind: Literal["category"] = "category"
+    values: Annotated[tuple[str, ...], Field(min_length=1)]
+    aliases: Mapping[str, str] = {}
+    """Spelling found in the source -> one of `values`."""
+
+
+class NumberAttribute(_Named):
+    """A number in `unit`, within [minimum, maximum], or unknown. A value over `cap` becomes `cap`."""
+
+    kind: Literal["number"] = "number"
+    unit: str
+    minimum: float
+    maximum: float
+    cap: float | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.minimum < self.maximum:
+            raise ValueError(f"{self.name}: minimum {self.minimum} is not below maximum {self.maximum}")
+        return self
+
+
+class LabelsAttribute(_Named):
+    """Any subset of `values` (the empty set is a statement: none of them), or unknown."""
+
+    kind: Literal["labels"] = "labels"
+    values: Annotated[tuple[str, ...], Field(min_length=1)]
+    separator: str = "|"
+    none: str = "No Finding"
+    """How the source spells the empty set."""
+
+
+AttributeDeclaration = Annotated[CategoryAttribute | NumberAttribute | LabelsAttribute, Field(discriminator="kind")]
+
+
+# --- scans in -------------------------------------------------------------------------------------------------
+
+
+class DicomTarSource(Section):
+    """DICOM objects inside .tar or .tar.gz shards under a prefix of a store."""
+
+    kind: Literal["dicom-tar"] = "dicom-tar"
+    uri: str
+
+
+class ImageFolderSource(Section):
+    """PNG, JPEG or TIFF files under a prefix and a CSV with one row a file."""
+
+    kind: Literal["image-folder"] = "image-folder"
+    uri: str
+    table: str
+    """URI of the CSV."""
+    preset: Literal["nih-cxr14", "generic"] = "generic"
+    file_column: str = "file"
+    patient_column: str = "patient"
+    files_per_unit: Count = 256
+
+
+class PhantomSource(Section):
+    """Procedural chest phantoms: nobody's scans, with known ground truth."""
+
+    kind: Literal["phantoms"] = "phantoms"
+    scans: Count = 1024
+    scans_per_unit: Count = 256
+
+
+Source = Annotated[DicomTarSource | ImageFolderSource | PhantomSource, Field(discriminator="kind")]
+
+
+class Split(Section):
+    """Shares of patients; the holdout share never trains anything."""
+
+    train: Fraction = 0.8
+    validation: Fraction = 0.1
+    holdout: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        total = self.train + self.validation + self.holdout
+        if not math.isclose(total, 1.0, abs_tol=1e-9):
+            raise ValueError(f"split shares sum to {total:g}, not to 1")
+        return self
+
+
+class Prepare(Section):
+    source: Source
+    size_px: Annotated[int, Field(ge=16, le=2048, multiple_of=8)] = 64
+    resize: Literal["letterbox", "crop"] = "letterbox"
+    split: Split = Split()
+    max_rejected_share: Fraction = 0.5
+    """A run that quarantines a larger share of its scans stops with the table of reasons."""
+    workers: Count = 2
+
+
+# --- models ---------------------------------------------------------------------------------------------------
+
+
+class Autoencoder(Section):
+    """AutoencoderKL: taken from `path` (a diffusers folder, local or in a store), or trained on the corpus."""
+
+    path: str | None = None
+    channels: Annotated[tuple[Count, ...], Field(min_length=1)] = (32, 64, 64)
+    layers_per_block: Count = 1
+    latent_channels: Count = 4
+    steps: Count = 600
+    batch_size: Count = 32
+    learning_rate: Positive = 1e-3
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
+    adversarial_weight: Annotated[float, Field(ge=0)] = 0.05
+    adversarial_from_step: Annotated[int, Field(ge=0)] = 400
+    workers: Count = 2
+    cpus_per_worker: Count = 1
+    use_gpu: bool = False
+    checkpoint_every_steps: Count = 200
+
+
+class Encode(Section):
+    batch_size: Count = 64
+    workers: Count = 2
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+
+
+class AttributeUnet(Section):
+    """diffusers' UNet2DConditionModel on latents, conditioned by one learned token per attribute."""
+
+    family: Literal["attribute-unet"] = "attribute-unet"
+    channels: Annotated[tuple[Count, ...], Field(min_length=2)] = (64, 128, 192)
+    layers_per_block: Count = 1
+    attention_head_dim: Count = 32
+    condition_dim: Count = 128
+
+
+class Finetune(Section):
+    denoiser: AttributeUnet = AttributeUnet()
+    start_from: str | None = None
+    """URI of a generator whose weights to start from; its attribute schema must equal the corpus's."""
+    objective: Literal["v_prediction", "epsilon"] = "v_prediction"
+    min_snr_gamma: Positive | None = 5.0
+    condition_dropout: Fraction = 0.1
+    attribute_dropout: Fraction = 0.05
+    steps: Count = 1500
+    batch_size: Count = 64
+    """Images per optimizer step, over all workers."""
+    gradient_accumulation: Count = 1
+    learning_rate: Positive = 5e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    gradient_clip: Positive = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: Count = 2
+    cpus_per_worker: Count = 1
+    use_gpu: bool = False
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    checkpoint_every_steps: Count = 250
+    keep_checkpoints: Count = 2
+    log_every_steps: Count = 25
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % (self.workers * self.gradient_accumulation):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of workers {self.workers} "
+                f"x gradient_accumulation {self.gradient_accumulation}"
+            )
+        return self
+
+
+# --- scans out ------------------------------------------------------------------------------------------------
+
+
+class CellsCohort(Section):
+    """A joint table: each cell fixes attributes and has a `share` (relative) of the images."""
+
+    kind: Literal["cells"] = "cells"
+    cells: Annotated[tuple[Mapping[str, Any], ...], Field(min_length=1)]
+    """Per cell: attribute -> value, a list of labels, or [low, high] for a number drawn uniformly; plus `share`."""
+
+
+class MarginalsCohort(Section):
+    """Independent marginals: attribute -> {value: share}, or {"uniform": [low, high]} for a number.
+
+    For labels, a key is one label, several joined by "+", or "none".
+    """
+
+    kind: Literal["marginals"] = "marginals"
+    marginals: Mapping[str, Mapping[str, Any]]
+
+
+class AsCorpusCohort(Section):
+    """The joint distribution of the corpus's train split."""
+
+    kind: Literal["as-corpus"] = "as-corpus"
+
+
+Cohort = Annotated[CellsCohort | MarginalsCohort | AsCorpusCohort, Field(discriminator="kind")]
+
+
+class Dicom(Section):
+    """What the DICOM instances say beside the attributes."""
+
+    enabled: bool = True
+    sop_class: Literal["DX"] = "DX"
+    pixel_spacing_mm: Positive | None = None
+    """None: the median spacing of the corpus, or 1.0 where the corpus has none."""
+    content_date: Annotated[str, Field(pattern=r"^[0-9]{8}$")] = "20000101"
+
+
+class Generate(Section):
+    dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "dataset"
+    """Folder of the dataset below the recipe's store."""
+    images: Count
+    cohort: Cohort = AsCorpusCohort()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    solver: Literal["ddim", "dpmpp-2m"] = "dpmpp-2m"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    guidance_scale: Annotated[float, Field(ge=1.0, le=30.0)] = 2.0
+    slots: Count = 32
+    images_per_shard: Count = 64
+    bits_stored: Literal[8, 12, 16] = 8
+    dicom: Dicom = Dicom()
+    engines: Count = 1
+    cpus_per_engine: Count = 1
+    gpus_per_engine: Annotated[float, Field(ge=0)] = 0
+    writers: Count = 1
+
+
+class Recipe(Section):
+    """One recipe holds every step from scans to dataset; each job reads its own section."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    store: str
+    """Root of every artefact this recipe makes: `s3://bucket/prefix` or a local folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    attributes: Annotated[tuple[AttributeDeclaration, ...], Field(min_length=1)]
+    prepare: Prepare | None = None
+    autoencoder: Autoencoder = Autoencoder()
+    encode: Encode = Encode()
+    finetune: Finetune = Finetune()
+    generate: Generate | None = None
+
+    @model_validator(mode="after")
+    def _distinct_attributes(self) -> Self:
+        names = [a.name for a in self.attributes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"attribute names repeat: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        return self
+
+    def uri(self, artefact: str) -> str:
+        """URI of an artefact folder of this recipe, e.g. `uri("corpus")`."""
+        return f"{self.store.rstrip('/')}/{artefact}"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file after its overrides (`section.key=value`, the value read as YAML).
+
+    Raises RecipeError, in one line, for a missing file, bad YAML, an unknown key (naming the nearest) or a bad value.
+    """
+    source = Path(path)
+    try:
+        text = source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"recipe {source}: cannot be read ({error.strerror}); check the path") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {source}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"recipe {source}: holds {type(tree).__name__}, expected a mapping of keys")
+    for override in overrides:
+        _override(tree, override)
+    return parse_recipe(tree, str(source))
+
+
+def parse_recipe(tree: Mapping[str, object], where: str) -> Recipe:
+    """The recipe of an already read tree; `where` names it in the RecipeError that bad content raises."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {where}: {_first_lines(error)}") from error
+
+
+def _first_lines(error: ValidationError) -> str:
+    faults = []
+    for fault in error.errors(include_url=False)[:4]:
+        place = ".".join(str(part) for part in fault["loc"]) or "top level"
+        shown = "" if isinstance(fault["input"], (dict, list)) else f" (got {fault['input']!r})"
+        faults.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}{shown}")
+    return "; ".join(faults)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set {override}: expected KEY=VALUE, such as --set generate.images=512")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML") from error
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = path.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: {parent!r} is not a section")
+        node = child
+    node[last] = value
+
+
+def _number(text: str) -> str | float:
+    # YAML 1.1 reads 1e-5 as a string; people write learning rates so.
+    try:
+        return float(text)
+    except ValueError:
+        return text
