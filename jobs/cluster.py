@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ def connected() -> Iterator[None]:
     env = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
     already = ray.is_initialized()
     if not already:
-        ray.init(runtime_env={"env_vars": env}, log_to_driver=False, include_dashboard=False, logging_level="warning")
+        ray.init(
+            runtime_env={"env_vars": env}, log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING
+        )
     DataContext.get_current().enable_progress_bars = False
     try:
         yield

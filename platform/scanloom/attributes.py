@@ -127,9 +127,8 @@ class Envelope(BaseModel):
                 known = self.values.get(name, {})
                 for item in (value,) if isinstance(value, str) else value:
                     if item not in known:
-                        raise ArtefactError(
-                            f"{name}={item!r} is outside the trained envelope; trained on {', '.join(known) or 'nothing'}"
-                        )
+                        seen_items = ", ".join(known) or "nothing"
+                        raise ArtefactError(f"{name}={item!r} is outside the trained envelope; trained on {seen_items}")
 
 
 def describe(attributes: Attributes) -> str:

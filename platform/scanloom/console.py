@@ -23,7 +23,7 @@ Advance = Callable[[int], None]
 def progress(
     what: str, total: int, unit: str, *, done: int = 0, every_s: float = 10.0
 ) -> Iterator[Callable[..., None]]:
-    """A callable `advance(n, **figures)`; a bar with rate and ETA on a terminal, a log line every `every_s` elsewhere."""
+    """A callable `advance(n, **figures)`: a bar with rate and ETA on a terminal, else a log line each `every_s`."""
     console = Console(stderr=True)
     if console.is_terminal:
         with _bar(what, total, unit, done, console) as advance:
