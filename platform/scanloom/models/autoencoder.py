@@ -1,0 +1,69 @@
+"""The autoencoder between pixels and latents: diffusers' AutoencoderKL on one grey channel."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from scanloom.errors import ArtefactError
+from scanloom.recipe import Autoencoder
+
+
+def build_autoencoder(config: Autoencoder, size_px: int, seed: int) -> AutoencoderKL:
+    """A freshly initialised autoencoder; each level after the first halves height and width."""
+    levels = len(config.channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.channels,
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            norm_num_groups=math.gcd(16, *config.channels),
+            sample_size=size_px,
+            mid_block_add_attention=False,
+        )
+
+
+def load_autoencoder(folder: Path) -> AutoencoderKL:
+    """The autoencoder of a diffusers folder, in evaluation mode. Raises ArtefactError where it is not one."""
+    try:
+        model = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{folder}: not a diffusers autoencoder: {' '.join(str(error).split())[:200]}") from error
+    if model.config.in_channels != 1:
+        raise ArtefactError(f"{folder}: takes {model.config.in_channels} channels, scans have 1")
+    return model.eval().requires_grad_(False)
+
+
+def latent_shape(autoencoder: AutoencoderKL, size_px: int) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of a square scan of `size_px`."""
+    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    return autoencoder.config.latent_channels, size_px // factor, size_px // factor
+
+
+def moments(autoencoder: AutoencoderKL, pixels_B1HW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance [B, C, h, w] float32 of the posterior of pixels in [-1, 1]."""
+    posterior = autoencoder.encode(pixels_B1HW).latent_dist
+    return posterior.mean.float(), posterior.logvar.float()
+
+
+def normalise(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents shifted and scaled to about zero mean and unit variance, as the denoiser sees them."""
+    config = autoencoder.config
+    return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def decode(autoencoder: AutoencoderKL, normalised_BCHW: Tensor) -> Tensor:
+    """Images [B, 1, H, W] float32 in [0, 1] of normalised latents."""
+    config = autoencoder.config
+    latents = normalised_BCHW / config.scaling_factor + (config.shift_factor or 0.0)
+    pixels: Tensor = autoencoder.decode(latents.to(autoencoder.dtype)).sample
+    return (pixels.float() * 0.5 + 0.5).clamp(0.0, 1.0)

@@ -1,0 +1,196 @@
+"""The generator artefact: a diffusers-layout folder that loads in a plain process, without Ray.
+
+    model_index.json  unet/  vae/  scheduler/  conditioner/  generator.json
+
+`generator.json` holds what diffusers has no place for: attribute schema, trained envelope, family, image geometry.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scanloom.artefact import open_artefact
+from scanloom.attributes import Attributes, AttributeSchema, Envelope
+from scanloom.errors import ArtefactError
+from scanloom.models.attribute_unet import AttributeDenoiser, predict
+from scanloom.models.autoencoder import decode
+from scanloom.models.conditioner import AttributeConditioner, features
+
+PredictionType = Literal["v_prediction", "epsilon"]
+TRAIN_TIMESTEPS = 1000
+
+
+class GeneratorCard(BaseModel):
+    """Content of `generator.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    family: Literal["attribute-unet"]
+    name: str
+    attributes: AttributeSchema
+    envelope: Envelope
+    condition_dim: int
+    latent_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]
+    """(1, height, width)."""
+    spacing_mm: float | None
+    """Median pixel spacing of the corpus after resizing."""
+    trained_steps: int
+
+
+def noise_schedule(prediction_type: PredictionType) -> DDIMScheduler:
+    """The cosine schedule (Nichol & Dhariwal 2021) of TRAIN_TIMESTEPS steps, sampled with trailing spacing.
+
+    Its last signal-to-noise ratio is about zero, so that sampling starts from what training saw (Lin et al. 2024).
+    """
+    return DDIMScheduler(
+        num_train_timesteps=TRAIN_TIMESTEPS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
+
+
+class Generator:
+    """A trained generator on one device: conditions, denoises, decodes. It samples nothing itself: see the engine."""
+
+    def __init__(
+        self,
+        card: GeneratorCard,
+        digest: str,
+        unet: UNet2DConditionModel,
+        conditioner: AttributeConditioner,
+        vae: AutoencoderKL,
+        scheduler: DDIMScheduler,
+        device: str = "cpu",
+    ) -> None:
+        self.card = card
+        self.digest = digest
+        self.device = torch.device(device)
+        self._unet = unet.eval().requires_grad_(False).to(self.device)
+        self._conditioner = conditioner.eval().requires_grad_(False).to(self.device)
+        self._vae = vae.eval().requires_grad_(False).to(self.device)
+        self.prediction_type: PredictionType = scheduler.config.prediction_type
+        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod.double()
+        """float64 [T], decreasing; the index is the timestep."""
+
+    @property
+    def name(self) -> str:
+        return self.card.name
+
+    @property
+    def schema(self) -> AttributeSchema:
+        return self.card.attributes
+
+    @property
+    def envelope(self) -> Envelope:
+        return self.card.envelope
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.card.latent_shape
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.card.image_shape
+
+    @torch.inference_mode()
+    def condition(self, attributes: Sequence[Attributes]) -> Tensor:
+        """Condition tokens [B, A, D] float32; an attribute that is None or absent gets its unknown token."""
+        table = torch.from_numpy(features(self.schema, attributes)).to(self.device)
+        tokens: Tensor = self._conditioner(table)
+        return tokens
+
+    def null_condition(self, batch: int) -> Tensor:
+        """Tokens [B, A, D] of "nothing is known", the unconditional half of guidance."""
+        return self.condition([{}] * batch)
+
+    @torch.inference_mode()
+    def denoise(self, latents_BCHW: Tensor, timesteps_B: Tensor, condition_BAD: Tensor) -> Tensor:
+        """The denoiser's prediction [B, C, H, W] float32 (see `prediction_type`) at integer timesteps."""
+        return predict(self._unet, latents_BCHW, timesteps_B, condition_BAD).float()
+
+    @torch.inference_mode()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Images [B, 1, H, W] float32 in [0, 1]."""
+        return decode(self._vae, latents_BCHW)
+
+
+def save_generator(
+    folder: Path, card: GeneratorCard, denoiser: AttributeDenoiser, vae: AutoencoderKL, prediction_type: PredictionType
+) -> None:
+    """Write the folder of a generator; weights as float32 safetensors."""
+    denoiser.unet.save_pretrained(folder / "unet")
+    vae.save_pretrained(folder / "vae")
+    noise_schedule(prediction_type).save_pretrained(folder / "scheduler")
+    (folder / "conditioner").mkdir(parents=True, exist_ok=True)
+    weights = {name: value.contiguous() for name, value in denoiser.conditioner.state_dict().items()}
+    save_file(weights, folder / "conditioner" / "conditioner.safetensors")
+    index = {
+        "_class_name": "DiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / "generator.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load_generator(uri: str, device: str = "cpu") -> Generator:
+    """The generator artefact at a URI, verified against its manifest's hashes while it is fetched.
+
+    Raises ArtefactError where it is missing, damaged or of an unknown family; StoreError where it cannot be read.
+    """
+    artefact = open_artefact(uri, "generator")
+    with tempfile.TemporaryDirectory(prefix="scanloom-generator-") as scratch:
+        folder = Path(scratch)
+        artefact.store.fetch_folder("", folder)
+        return read_generator(folder, artefact.digest, device)
+
+
+def read_card(folder: Path) -> GeneratorCard:
+    """The card of a generator folder. Raises ArtefactError where it is missing or of another family or format."""
+    try:
+        return GeneratorCard.model_validate_json((folder / "generator.json").read_bytes())
+    except OSError as error:
+        raise ArtefactError(f"{folder}: holds no generator.json; not a generator of scanloom") from error
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in fault["loc"])
+        raise ArtefactError(f"{folder}/generator.json: {place}: {fault['msg']} (got {fault['input']!r})") from error
+
+
+def read_generator(folder: Path, digest: str, device: str = "cpu") -> Generator:
+    """The generator of a local folder. Raises ArtefactError where a part is missing or does not fit."""
+    card = read_card(folder)
+    try:
+        conditioner = AttributeConditioner(card.attributes, card.condition_dim)
+        conditioner.load_state_dict(load_file(folder / "conditioner" / "conditioner.safetensors"))
+        return Generator(
+            card,
+            digest,
+            UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True),
+            conditioner,
+            AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True),
+            DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
+            device,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArtefactError(
+            f"{folder}: a part of the generator cannot be read: {' '.join(str(error).split())[:200]}"
+        ) from error
