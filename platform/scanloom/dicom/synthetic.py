@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
+from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, UID, DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
 from pydicom.valuerep import format_number_as_ds
 
 from scanloom import __version__
@@ -97,7 +97,7 @@ class InstanceDescription:
         )
         _require(_comment(self).isprintable(), "view or findings hold control characters")
         _require(len(_comment(self)) <= 10240, "findings are longer than the 10240 characters of Image Comments")
-        _require(self.audit is None or self.audit.isprintable() and "\\" not in self.audit, "audit is not plain text")
+        _require(self.audit is None or (self.audit.isprintable() and "\\" not in self.audit), "audit is not plain text")
 
     def shared(self) -> InstanceDescription:
         """The description of every instance of the same series kind: without what `individual` says of this one."""
@@ -117,7 +117,7 @@ def build(pixels: Pixels, instance: InstanceDescription) -> Dataset:
     """
     require_fit(pixels, instance.bits_stored)
     dataset = header(instance, rows=pixels.shape[0], columns=pixels.shape[1])
-    dataset.add_new("PixelData", "OB" if instance.bits_stored == 8 else "OW", pixel_bytes(pixels))
+    dataset.add_new("PixelData", "OB" if instance.bits_stored == 8 else "OW", b"".join(pixel_data(pixels)))
     return dataset
 
 
@@ -160,10 +160,10 @@ def require_fit(pixels: Pixels, bits_stored: int) -> None:
         _require(int(pixels.max()) <= 4095, f"pixel value {int(pixels.max())} is over the 4095 of 12 bits stored")
 
 
-def pixel_bytes(pixels: Pixels) -> bytes:
-    """Native little-endian Pixel Data, padded to an even length (PS3.5 8.1.1)."""
-    data = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<")).tobytes()
-    return data + b"\0" if len(data) % 2 else data
+def pixel_data(pixels: Pixels) -> tuple[memoryview, bytes]:
+    """Native little-endian Pixel Data and what pads it to an even length (PS3.5 8.1.1); uncopied where it can be."""
+    data = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<"))
+    return data.reshape(-1).view(np.uint8).data, b"\0" * (data.nbytes % 2)
 
 
 def _require(holds: object, message: str) -> None:
@@ -199,11 +199,11 @@ def _code(code: Code) -> Dataset:
     return item
 
 
-def _file_meta(instance_uid: str) -> FileMetaDataset:
+def _file_meta(sop_instance_uid: str) -> FileMetaDataset:
     meta = FileMetaDataset()
     meta.FileMetaInformationVersion = b"\0\1"
     meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
-    meta.MediaStorageSOPInstanceUID = instance_uid
+    meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     # pydicom defines the encoding; a UID below 2.25 may not stand here, and scanloom has no registered root.
     meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
