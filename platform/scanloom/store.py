@@ -146,7 +146,7 @@ class Store:
         """Delete these objects; one that is not there is no error."""
         self._backend.delete([_checked(key) for key in keys])
 
-    def put_folder(self, folder: Path, prefix: str = "") -> list[StoredFile]:
+    def put_folder(self, folder: Path, prefix: str = "") -> tuple[StoredFile, ...]:
         """Upload every file below a local folder; what was put, by key."""
         files = sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -158,7 +158,7 @@ class Store:
             return StoredFile(key, file.stat().st_size, sha256)
 
         with ThreadPoolExecutor(_TRANSFERS) as pool:
-            return list(pool.map(put, files))
+            return tuple(pool.map(put, files))
 
     def fetch_folder(self, prefix: str, to: Path) -> None:
         """Copy every object below `prefix` into a local folder; each file appears whole or not at all."""
