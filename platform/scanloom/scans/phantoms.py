@@ -358,7 +358,8 @@ def _fluids(p: _Plane, a: Anatomy, exam: Exam, t: _Thorax) -> Image:
 
 def _bones(p: _Plane, a: Anatomy, exam: Exam, t: _Thorax) -> Image:
     caged = p.inside(t.wall + 0.045 - p.ax, 0.02) * _unit(0.6 + 8.0 * t.height) * _unit(5.0 * (1.12 - t.height))
-    return a.bone * (_ribs(p, a) * caged + _clavicles(p, exam) + _shoulders(p, exam))
+    bones: Image = _ribs(p, a) * caged + _clavicles(p, exam) + _shoulders(p, exam)
+    return bones * a.bone
 
 
 def _ribs(p: _Plane, a: Anatomy) -> Image:
@@ -409,9 +410,9 @@ def _behind_mediastinum(p: _Plane, a: Anatomy, density: Image, heart: _Heart) ->
     core = _either(p.inside(heart.depth, 0.03), _vessels(p, a, knob_y))
     core = _either(core, p.inside(a.knob - from_knob, 0.025))
     thick = 0.60 + 0.10 * _unit(3.0 * heart.depth)
-    merged = density + (_either(density, thick) - density) * core
+    merged: Image = density + (_either(density, thick) - density) * core
     rim = _unit(1.0 - _size(from_knob - a.knob + 0.012) * (1.0 / max(0.016, 0.7 * p.px)))
-    calcified = 0.22 * a.calcified * rim * p.inside(p.x - 0.08)
+    calcified = rim * p.inside(p.x - 0.08) * (0.22 * a.calcified)
     return merged + calcified + _spine(p, a) - _airway(p)
 
 
@@ -427,7 +428,7 @@ def _vessels(p: _Plane, a: Anatomy, knob_y: float) -> Image:
 def _spine(p: _Plane, a: Anatomy) -> Image:
     column = p.inside(0.078 + 0.02 * _unit(p.y) - p.ax, 0.025)
     discs = _sin((p.y + 0.02 * p.ax) * (2 * math.pi / 0.135) + 2 * math.pi * a.rib_phase)
-    return a.bone * column * (0.060 + 0.014 * discs) * (1.0 - 0.45 * _unit(2.5 * p.y))
+    return column * a.bone * (0.060 + 0.014 * discs) * (1.0 - 0.45 * _unit(2.5 * p.y))
 
 
 def _airway(p: _Plane) -> Image:
