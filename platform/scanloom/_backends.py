@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-import boto3
 import pyarrow.fs
 from boto3.s3.transfer import TransferConfig
+from boto3.session import Session
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -390,8 +390,7 @@ def _client(settings: _Settings, attempts: int) -> Any:
         retries={"mode": "standard", "total_max_attempts": attempts},
     )
     # A session of its own: the default session is not safe to make clients from several threads.
-    session = boto3.session.Session()
-    return session.client("s3", endpoint_url=settings.endpoint, region_name=settings.region, config=config)
+    return Session().client("s3", endpoint_url=settings.endpoint, region_name=settings.region, config=config)
 
 
 @functools.lru_cache(maxsize=8)

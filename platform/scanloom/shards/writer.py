@@ -24,13 +24,14 @@ def parquet_bytes(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     rows = max(1, table.num_rows)
     group = max(1, min(rows, ROW_GROUP_BYTES * rows // max(1, table.nbytes)))
+    text: Any = [f.name for f in table.schema if pa.types.is_string(f.type)]  # pyarrow's stub says bool
     pq.write_table(
         table,
         sink,
         compression="zstd",
         compression_level=1,
         row_group_size=group,
-        use_dictionary=[f.name for f in table.schema if pa.types.is_string(f.type)],
+        use_dictionary=text,
         write_page_checksum=True,
         write_page_index=True,
     )

@@ -1,0 +1,71 @@
+"""What the whole session shares: one embedded S3 server, one Ray, the real scans where they are at hand."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scanloom.embedded_s3 import EmbeddedS3
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3]:
+    """A running S3 server; the AWS_* variables of this process point to it for the rest of the session."""
+    with EmbeddedS3(tmp_path_factory.mktemp("s3")) as server:
+        before = dict(os.environ)
+        os.environ.update(server.environment)
+        yield server
+        for name in server.environment:
+            os.environ.pop(name)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+@pytest.fixture(scope="session")
+def bucket(s3: EmbeddedS3) -> str:
+    """The name of the session's bucket."""
+    s3.create_bucket("scanloom-tests")
+    return "scanloom-tests"
+
+
+@pytest.fixture
+def store_uri(bucket: str) -> str:
+    """A fresh prefix in the bucket, `s3://...`."""
+    return f"s3://{bucket}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3: EmbeddedS3) -> Iterator[None]:
+    """One local Ray with two CPUs, whose workers know the S3 server."""
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": s3.environment})
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def nih_dicom() -> Path:
+    """Real chest X-rays as DICOM tar shards."""
+    return _real_scans("nih-cxr-dicom")
+
+
+@pytest.fixture(scope="session")
+def nih_png() -> Path:
+    """Real chest X-rays as PNG files and labels.csv."""
+    return _real_scans("nih-cxr")
+
+
+def _real_scans(name: str) -> Path:
+    for place in (ROOT.parent / "shared" / "data" / name, ROOT / "shared" / "data" / name):
+        if place.is_dir():
+            return place
+    pytest.skip(f"real scans {name} are not beside the checkout (../shared/data)")
