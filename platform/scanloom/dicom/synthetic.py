@@ -173,7 +173,7 @@ def _require(holds: object, message: str) -> None:
 
 def _is_date(text: str) -> bool:
     try:
-        return datetime.strptime(text, "%Y%m%d").strftime("%Y%m%d") == text
+        return len(text) == 8 and bool(datetime.strptime(text, "%Y%m%d"))
     except ValueError:
         return False
 
