@@ -1,0 +1,51 @@
+"""Why a file of a source is not in the corpus: one documented code a reason (docs/quarantine.md).
+
+A reason is a fixed sentence per code, so that nothing a scan says can reach the quarantine table, a log or a screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from scanloom.errors import ScanError
+
+CODES: Mapping[str, str] = {
+    # the file as a whole
+    "empty-file": "the file has no bytes",
+    "too-large": "the file or its image is larger than what is read",
+    "not-dicom": "the file is not a DICOM Part 10 file: no DICM prefix",
+    "unreadable-dicom": "the DICOM header cannot be parsed",
+    "truncated": "the file ends before its content does",
+    "not-an-archive": "the object under the prefix is not a .tar or .tar.gz",
+    "broken-archive": "the tar is damaged or cut off from here on; its members before this one were read",
+    "archive-link": "the member is a link or a device, not a file",
+    "not-an-image-file": "the file is not a PNG, JPEG or TIFF image",
+    # what it holds
+    "not-an-image": "the object is no image: a report, waveform, plan, directory or the like",
+    "no-pixels": "the image object holds no pixel data",
+    "for-processing": "raw detector data, not meant for viewing; its FOR PRESENTATION sibling is the scan",
+    "multi-frame": "the object holds several frames; only single-frame images are read",
+    "colour": "the image is in colour; only grayscale is read",
+    "unsupported-pixels": "the pixel format is not one that is read",
+    "unsupported-syntax": "the transfer syntax is missing, or there is no decoder for it",
+    "undecodable-pixels": "the pixel data cannot be decoded",
+    "blank-image": "every pixel has the same value once shown through its window",
+    # who it is of, and whether it may be used
+    "no-patient-id": "there is no patient identifier, so the scan cannot be assigned to a split",
+    "no-instance-uid": "there is no SOP Instance UID, so a duplicate could not be recognised",
+    "burned-in-text": "the pixels carry burned-in annotation",
+    "burned-in-unknown": "ultrasound or secondary capture that does not say that it is free of burned-in text",
+    "recognizable-face": "the pixels show features by which a person can be recognised",
+    "duplicate": "the same instance is already in the corpus; the first in unit and member order is kept",
+    # what is said of it
+    "attribute-out-of-range": "a number lies outside the range that the recipe declares",
+    "attribute-not-a-number": "text stands where the recipe declares a number",
+    "no-table-row": "the table has no row for this file",
+    "ambiguous-table-row": "the table has several rows for this file, and they differ",
+}
+"""Code -> the reason that the quarantine table gives."""
+
+
+def reject(code: str, tag: str = "") -> ScanError:
+    """The error to raise for a scan that cannot be used; `tag` is the DICOM keyword or column at fault."""
+    return ScanError(code, tag, CODES[code])
