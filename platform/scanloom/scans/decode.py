@@ -37,6 +37,7 @@ Stored = npt.NDArray[np.integer[Any]]
 Values = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
+MAX_FILE_BYTES = 1 << 30
 MAX_PIXELS = 100_000_000
 """A guard against headers that ask for more memory than any radiograph needs (mammography has about 25 million)."""
 

@@ -96,13 +96,28 @@ def commit_shard(
 
     Raises ArtefactError where the winner belongs to another plan.
     """
+    files = upload_parts(store, shard, parts)
+    return commit_uploaded(
+        store, ShardCommit(shard=shard, plan=plan_digest, rows=rows, files=files, statistics=dict(statistics))
+    )
+
+
+def upload_parts(store: Store, shard: int, parts: Sequence[ShardPart]) -> dict[str, FileEntry]:
+    """Upload a shard's data objects without committing them; their entries by role."""
     files = {part.role: _uploaded(store, shard, part) for part in parts}
     if len(files) != len(parts):
         raise ValueError(f"shard {shard}: roles repeat: {[part.role for part in parts]}")
-    ours = ShardCommit(shard=shard, plan=plan_digest, rows=rows, files=files, statistics=dict(statistics))
-    if store.create(commit_key(shard), ours.model_dump_json().encode()):
+    return files
+
+
+def commit_uploaded(store: Store, ours: ShardCommit) -> ShardCommit:
+    """Commit a shard whose data objects are there; the winner's commit where a rival was first.
+
+    Raises ArtefactError where the winner belongs to another plan.
+    """
+    if store.create(commit_key(ours.shard), ours.model_dump_json().encode()):
         return ours
-    return _read_commit(store, commit_key(shard), plan_digest)
+    return _read_commit(store, commit_key(ours.shard), ours.plan)
 
 
 def committed(store: Store, plan_digest: str) -> dict[int, ShardCommit]:
