@@ -194,7 +194,7 @@ def draw_exam(d: Draws, a: Anatomy, scan: int) -> Exam:
         contrast=1.0 - 0.16 * old - (0.05 if view == "AP" else 0.0),
         bubble=d.between(0.4, 1.0) if d.chance(0.55) else 0.0,
         scapula=d.between(0.50, 0.58) if view == "AP" else d.between(0.72, 0.80),
-        effusion=tuple((s, d.between(0.16, 0.48)) for s in sides) if "Effusion" in findings else (),
+        effusion=tuple((s, d.between(0.26, 0.54)) for s in sides) if "Effusion" in findings else (),
         nodules=_nodules(d) if "Nodule" in findings else (),
         pneumothorax=(side, d.between(0.16, 0.34) if "Pneumothorax" in findings else 0.0),
         patches=_patches(d) if "Consolidation" in findings else (),
