@@ -1,0 +1,34 @@
+# Every command that a person or CI runs here. The environment is made once and again when its two files change.
+PYTHON ?= python3.11
+PIP := .venv/bin/pip --disable-pip-version-check -q
+INSTALL := $(PIP) install -c constraints.txt
+
+.PHONY: setup demo test test-all lint bench docs
+
+setup: .venv/.installed
+
+# torch first, because DeepSpeed is built against it; DeepSpeed without its CUDA kernels, which it compiles where it needs them.
+.venv/.installed: pyproject.toml constraints.txt
+	@echo "installing scanloom into .venv: several minutes, once" && $(PYTHON) -m venv .venv && $(INSTALL) torch wheel
+	$(INSTALL) -e '.[demo,dev]'
+	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation deepspeed && touch $@
+
+demo: setup
+	.venv/bin/scanloom demo
+
+test: setup
+	.venv/bin/pytest -m 'not slow'
+
+test-all: setup
+	.venv/bin/pytest
+
+lint: setup
+	.venv/bin/ruff format --check . && .venv/bin/ruff check .
+	.venv/bin/mypy && .venv/bin/pyright
+	PYTHONPATH=.:platform .venv/bin/lint-imports
+
+bench: setup
+	for bench in tests/benchmarks/bench_*.py; do .venv/bin/python $$bench || exit 1; done
+
+docs: setup
+	.venv/bin/python docs/recipe_schema.py
