@@ -1,0 +1,259 @@
+"""The engine: what it makes of an image never depends on who shares the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from scanloom.attributes import Attributes
+from scanloom.errors import ArtefactError, RecipeError
+from scanloom.sampling.engine import Engine, FinishedImage, ImageRequest, is_batch_invariant
+from scanloom.sampling.noise import gaussian_noise
+from scanloom.sampling.solvers import PredictionType, trajectory
+
+MEAN, SPREAD = 0.5, 0.125
+
+
+def cosine() -> torch.Tensor:
+    schedule = torch.cos(0.5 * torch.pi * torch.arange(1, 1001, dtype=torch.float64) / 1000) ** 2
+    schedule[-1] = 0.0
+    return schedule
+
+
+class GaussianGenerator:
+    """Independent N(level, SPREAD**2) pixels with a perfect denoiser; `level` is the condition, MEAN when unknown."""
+
+    latent_shape: tuple[int, ...] = (1, 4, 4)
+    prediction_type: PredictionType = "v_prediction"
+    alphas_cumprod = cosine()
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.decoded: list[int] = []
+
+    def condition(self, attributes: Sequence[Attributes]) -> torch.Tensor:
+        levels = [a.get("level", MEAN) for a in attributes]
+        return torch.tensor(levels, dtype=torch.float32).reshape(-1, 1)
+
+    def null_condition(self, batch: int) -> torch.Tensor:
+        return self.condition([{}] * batch)
+
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        self.batches.append(len(latents))
+        at = self.alphas_cumprod[timesteps].float().reshape(-1, 1, 1, 1)
+        alpha, sigma = at.sqrt(), (1 - at).sqrt()
+        level = condition.reshape(-1, 1, 1, 1)
+        residue = (latents - alpha * level) / (at * SPREAD**2 + 1 - at)
+        return alpha * sigma * residue - sigma * (level + alpha * SPREAD**2 * residue)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self.decoded.append(len(latents))
+        return latents
+
+
+class UnetGenerator(GaussianGenerator):
+    """A small real network with convolutions, attention and normalisation, and random weights."""
+
+    latent_shape: tuple[int, ...] = (4, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+        ).eval()
+        self.last = torch.nn.Conv2d(4, 1, 3, padding=1)
+
+    def condition(self, attributes: Sequence[Attributes]) -> torch.Tensor:
+        return super().condition(attributes)[:, :, None] * torch.ones(1, 3, 16)
+
+    def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        self.batches.append(len(latents))
+        predicted: torch.Tensor = self.unet(latents, timesteps, condition).sample
+        return predicted
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self.decoded.append(len(latents))
+        return torch.sigmoid(self.last(latents))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def request(index: int, *, steps: int = 4, scale: float = 1.0, level: float = 0.5) -> ImageRequest:
+    return ImageRequest(index=index, seed=9, attributes={"level": level}, steps=steps, guidance_scale=scale)
+
+
+def pixels(finished: Sequence[FinishedImage]) -> dict[int, np.ndarray]:
+    return {f.request.index: f.image for f in finished}
+
+
+MIXED = [
+    request(0, steps=3, scale=2.0, level=0.1),
+    request(1, steps=5, scale=1.0, level=0.9),
+    request(2, steps=1, scale=4.5, level=0.3),
+    request(3, steps=4, scale=1.0, level=0.5),
+    request(4, steps=5, scale=2.0, level=0.7),
+    request(5, steps=2, scale=3.0, level=0.2),
+    request(6, steps=7, scale=1.0, level=0.6),
+]
+
+
+@pytest.mark.parametrize("slots", [2, 3, 6, 16])
+def test_bits_of_an_image_do_not_depend_on_companions_or_slot(one_thread: None, slots: int) -> None:
+    generator = UnetGenerator()
+    alone = {r.index: pixels(list(Engine(generator, slots).run([r])))[r.index] for r in MIXED}
+    for order in (range(7), range(6, -1, -1), (3, 0, 6, 2, 5, 1, 4)):
+        together = pixels(list(Engine(generator, slots).run(MIXED[place] for place in order)))
+        assert together.keys() == alone.keys()
+        for index, image in alone.items():
+            np.testing.assert_array_equal(together[index], image, err_msg=f"image {index}")
+
+
+def test_a_newcomer_does_not_disturb_those_under_way(one_thread: None) -> None:
+    generator = UnetGenerator()
+    engine, made = Engine(generator, 4), []
+    engine.submit(MIXED[0])
+    made += engine.step()
+    engine.submit(MIXED[1])
+    engine.submit(MIXED[3])
+    made += engine.step()
+    while engine.running:
+        made += engine.step()
+    for index, image in pixels(made).items():
+        alone = pixels(list(Engine(generator, 4).run([MIXED[index]])))
+        np.testing.assert_array_equal(image, alone[index])
+
+
+def test_batch_shapes_stay_while_images_come_and_go() -> None:
+    generator = UnetGenerator()
+    list(Engine(generator, 5, decode_batch=3).run(MIXED))
+    assert set(generator.batches) == {5}
+    assert set(generator.decoded) == {3}
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_engine_equals_a_plain_loop_over_one_image(solver: str, scale: float) -> None:
+    generator = UnetGenerator()
+    wanted = request(5, steps=6, scale=scale, level=0.8)
+    plan = trajectory(solver, generator.alphas_cumprod.numpy(), "v_prediction", 6)  # type: ignore[arg-type]
+    latents = torch.from_numpy(gaussian_noise(9, 5, (1, 4, 8, 8)))
+    previous = torch.zeros_like(latents)
+    with torch.inference_mode():
+        for timestep, (from_latent, from_output, keep, data, before) in zip(
+            plan.timesteps, plan.coefficients, strict=True
+        ):
+            time = torch.tensor([timestep])
+            output = generator.denoise(latents, time, generator.condition([wanted.attributes]))
+            if scale != 1.0:
+                blind = generator.denoise(latents, time, generator.null_condition(1))
+                output = blind + scale * (output - blind)
+            predicted = from_latent * latents + from_output * output
+            latents, previous = keep * latents + data * predicted + before * previous, predicted
+        expected = generator.decode(latents)[0].numpy()
+    [made] = Engine(generator, 3, solver).run([wanted])  # type: ignore[arg-type]
+    np.testing.assert_allclose(made.image, expected, atol=2e-5)
+
+
+def test_guidance_of_one_is_the_conditional_model_alone() -> None:
+    class Deaf(UnetGenerator):
+        def null_condition(self, batch: int) -> torch.Tensor:
+            return super().null_condition(batch) * torch.nan
+
+    [made] = Engine(Deaf(), 2).run([request(0, scale=1.0)])
+    [plain] = Engine(UnetGenerator(), 2).run([request(0, scale=1.0)])
+    np.testing.assert_array_equal(made.image, plain.image)
+
+
+def test_guidance_of_one_costs_half() -> None:
+    def calls(scale: float) -> int:
+        engine = Engine(GaussianGenerator(), 4)
+        assert len(list(engine.run(request(i, steps=5, scale=scale) for i in range(8)))) == 8
+        return engine.denoiser_calls
+
+    assert calls(1.0) == 10
+    assert calls(2.0) == 20
+
+
+def test_guidance_moves_images_away_from_the_unconditional_level() -> None:
+    def brightness(scale: float) -> float:
+        requests = (request(i, steps=20, scale=scale, level=0.6) for i in range(32))
+        return float(np.mean([f.image for f in Engine(GaussianGenerator(), 16).run(requests)]))
+
+    assert brightness(1.0) == pytest.approx(0.6, abs=0.02)
+    assert brightness(2.0) == pytest.approx(0.7, abs=0.02)
+
+
+def test_images_of_a_perfect_denoiser_are_distributed_as_its_data() -> None:
+    made = np.stack([f.image for f in Engine(GaussianGenerator(), 64).run(request(i, steps=30) for i in range(256))])
+    assert made.mean() == pytest.approx(MEAN, abs=4 * SPREAD / np.sqrt(made.size))
+    assert made.std() == pytest.approx(SPREAD, rel=0.05)
+
+
+def test_a_freed_slot_serves_the_next_image_at_the_next_step() -> None:
+    engine = Engine(GaussianGenerator(), 2)
+    for index, steps in ((0, 6), (1, 2), (2, 3)):
+        engine.submit(request(index, steps=steps))
+    finished = [[f.request.index for f in engine.step()] for _ in range(6)]
+    assert finished == [[], [1], [], [], [2], [0]]
+
+
+def test_requests_are_drawn_only_when_there_is_room_for_them() -> None:
+    drawn: list[int] = []
+
+    def endless() -> Iterator[ImageRequest]:
+        for index in range(1_000):
+            drawn.append(index)
+            yield request(index, steps=2)
+
+    run = Engine(GaussianGenerator(), 4).run(endless())
+    for _ in range(4):
+        next(run)
+    assert len(drawn) <= 12
+
+
+def test_steps_outside_the_schedule_are_refused() -> None:
+    with pytest.raises(RecipeError, match="1 to 1000"):
+        Engine(GaussianGenerator(), 4).submit(request(0, steps=1001))
+
+
+def test_a_guided_image_on_a_single_slot_is_refused() -> None:
+    with pytest.raises(RecipeError, match="set slots to 2"):
+        Engine(GaussianGenerator(), 1).submit(request(0, scale=2.0))
+
+
+def test_pixels_that_are_not_numbers_are_refused() -> None:
+    class Diverged(GaussianGenerator):
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return latents * torch.nan
+
+    with pytest.raises(ArtefactError, match="image 3 "):
+        list(Engine(Diverged(), 2).run([request(3)]))
+
+
+def test_a_network_that_mixes_rows_is_found(one_thread: None) -> None:
+    class Mixing(UnetGenerator):
+        def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+            mixed = latents + 1e-6 * torch.cumsum(latents, dim=0)
+            return super().denoise(mixed, timesteps, condition)
+
+    assert is_batch_invariant(UnetGenerator(), 6)
+    assert not is_batch_invariant(Mixing(), 6)
