@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def test_every_direct_dependency_is_pinned_to_a_released_version() -> None:
 
 def test_every_imported_distribution_is_declared() -> None:
     owners = packages_distributions()
-    imported = {name for path in SOURCES for name in top_level_imports(path)} - sys.stdlib_module_names - OURS
+    files = [*SOURCES, *(ROOT / "tests").rglob("*.py")]
+    imported = {name for path in files for name in top_level_imports(path)} - sys.stdlib_module_names - OURS
     undeclared = {name for name in imported if not {canonical(d) for d in owners.get(name, [name])} & declared()}
     assert undeclared == set()
 
@@ -119,6 +121,16 @@ def top_level_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.split(".")[0])
     return names
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"scanloom"}
+    assert "scanloom/py.typed" in names
 
 
 def makefile_targets() -> dict[str, list[str]]:
