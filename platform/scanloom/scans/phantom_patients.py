@@ -93,6 +93,7 @@ class Anatomy:
 
 
 def draw_anatomy(d: Draws) -> Anatomy:
+    """A patient's lasting anatomy, drawn at random."""
     female = d.chance(0.5)
     age = 20 + d.pick(68)
     old = (age - 20) / 70.0
@@ -172,6 +173,7 @@ class Exam:
 
 
 def draw_exam(d: Draws, a: Anatomy, scan: int) -> Exam:
+    """What one scan of the patient shows, drawn at random; `scan` counts from 0, a year apart."""
     view: View = "AP" if d.chance(0.35) else "PA"
     findings = _findings(d, a.cardiomegaly)
     age = a.age_years + scan
