@@ -23,7 +23,7 @@ from typing import IO, Any, Self
 
 from boto3.session import Session
 from botocore.config import Config
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from scanloom.errors import StoreError
 
@@ -63,9 +63,11 @@ class EmbeddedS3:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The AWS_* variables that boto3, pyarrow and scanloom need to reach this server."""
+        """The AWS_* variables with which boto3, pyarrow and scanloom reach this server, whatever was set before."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ENDPOINT_URL_S3": "",  # would go before AWS_ENDPOINT_URL
+            "AWS_SESSION_TOKEN": "",
             "AWS_ACCESS_KEY_ID": "scanloom",
             "AWS_SECRET_ACCESS_KEY": self._settings["secret"],
             "AWS_REGION": "us-east-1",
@@ -73,12 +75,20 @@ class EmbeddedS3:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    @property
+    def process_id(self) -> int:
+        """Of the running server; 0 when none runs."""
+        return self._process.pid if self._process is not None else 0
+
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder)
-        self._settings = self._read_settings()
         try:
+            (self.folder / "data").mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.folder)
+            self._settings = self._read_settings()
             self._start()
+        except OSError as error:
+            self.close()
+            raise StoreError(f"{error.filename or self.folder}: {error.strerror}; choose another folder") from error
         except BaseException:
             self.close()
             raise
@@ -99,6 +109,8 @@ class EmbeddedS3:
         )
         try:
             client.create_bucket(Bucket=name)
+        except (BotoCoreError, ValueError) as error:
+            raise StoreError(f"bucket {name!r}: {error}") from error
         except ClientError as error:
             if error.response["Error"]["Code"] not in {"BucketAlreadyExists", "BucketAlreadyOwnedByYou"}:
                 raise StoreError(f"bucket {name!r}: {error}") from error
@@ -135,8 +147,10 @@ class EmbeddedS3:
 
     def _launch(self, port: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-S", "-E", "-c", _LAUNCHER, str(os.getpid()), _binary(), *self._arguments(port)]
+        # The server would take AWS_* credentials that it finds as an administrator's of its own.
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WEED_"))}
         # The default of 7 volumes per bucket exhausts the server at about eight buckets (PUT answers 500).
-        env = os.environ | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "2", "GOMEMLIMIT": "768MiB", "GOGC": "50"}
+        env |= {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "2", "GOMEMLIMIT": "768MiB", "GOGC": "50"}
         with (self.folder / "weed.log").open("ab") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
@@ -144,10 +158,9 @@ class EmbeddedS3:
 
     def _arguments(self, port: int) -> list[str]:
         s3, master, volume, filer = (port + i for i in range(len(_SERVICES)))
-        data = self.folder / "data"
-        data.mkdir(exist_ok=True)
         return [
-            "-logtostderr=true", "-v=0", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+            "-logtostderr=true", "-v=0", "server", f"-dir={self.folder / 'data'}",
+            "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
             f"-master.port={master}", "-master.peers=none", "-master.electionTimeout=1s", "-master.telemetry=false",
             "-master.volumeSizeLimitMB=1024", f"-volume.port={volume}", "-volume.max=4000",
             "-volume.minFreeSpace=1GiB", "-volume.preStopSeconds=0", "-s3.concurrentUploadLimitMB=192",
