@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scanloom.recipe import Recipe
+from scanloom.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -17,6 +17,14 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 def test_the_committed_recipe_schema_is_the_codes() -> None:
     committed = json.loads((ROOT / "docs" / "recipe.schema.json").read_text())
     assert committed == Recipe.model_json_schema(), "run `make docs`"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_shipped_recipe_loads_and_names_its_schema_for_editors(path: Path) -> None:
+    load_recipe(path)
+    named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", path.read_text())
+    assert named
+    assert (path.parent / named[1]).resolve() == ROOT / "docs" / "recipe.schema.json"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
