@@ -1,0 +1,148 @@
+"""The whole system on phantoms: an S3 server of its own, every job in turn, and a look at what came out.
+
+python -m jobs.demo [--folder demo] [--set KEY=VALUE ...]     run it again to go on after an interruption
+python -m jobs.demo --store-only                              only serve the folder's store, to open its outputs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from scanloom import console
+from scanloom.artefact import Artefact, open_artefact
+from scanloom.audit.side_by_side import compare
+from scanloom.embedded_s3 import EmbeddedS3
+from scanloom.errors import RecipeError
+from scanloom.recipe import DicomTarSource, Recipe, load_recipe
+from scanloom.scans.phantom_archive import phantom_archive
+from scanloom.store import Store
+
+RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
+# Phantoms are nobody, so this key keeps no secret. Real scans take one that only their owner knows.
+DEMO_KEY = "phantoms-are-nobody-and-this-key-keeps-no-secret"
+SCANS_PER_SHARD = 128
+BAD_FILES = 5
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Do every step that is not done yet, then measure, draw and tell."""
+    recipe = load_recipe(RECIPE, options.overrides)
+    with EmbeddedS3(options.folder / "s3") as s3:
+        _enter(s3, options.folder, recipe)
+        if options.store_only:
+            print(f"S3 at {s3.endpoint} until Ctrl-C; in another shell: source {options.folder}/env", flush=True)  # noqa: T201
+            with suppress(KeyboardInterrupt):
+                signal.pause()
+        else:
+            _run_all(recipe, options)
+
+
+def _enter(s3: EmbeddedS3, folder: Path, recipe: Recipe) -> None:
+    """Point this process and its children to the server, and leave a file that does so for a shell."""
+    environment = s3.environment | {"SCANLOOM_PSEUDONYM_KEY": os.environ.get("SCANLOOM_PSEUDONYM_KEY", DEMO_KEY)}
+    os.environ.update(environment)
+    file = folder / "env"
+    file.touch(mode=0o600)
+    file.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()))
+    s3.create_bucket(recipe.store.removeprefix("s3://").split("/")[0])
+
+
+def _run_all(recipe: Recipe, options: argparse.Namespace) -> None:
+    started = began = time.monotonic()
+    scans, dataset = _ends(recipe)
+    steps = {
+        "prepare": ["corpus"], "encode": ["autoencoder", "latents"], "finetune": ["generator"], "generate": [dataset],
+    }  # fmt: skip
+    _put_scans(scans, options.scans, recipe)
+    rows = [("scans", scans.uri, f"{options.scans} scans, {BAD_FILES} bad files", _since(began))]
+    for job, names in steps.items():
+        began = time.monotonic()
+        _run_job(job, options.overrides)
+        made = [open_artefact(recipe.uri(name)) for name in names]
+        # A job's time stands beside the last artefact that it made.
+        rows += [(a.manifest.kind, a.uri, _how_many(a), "" if a is not made[-1] else _since(began)) for a in made]
+    began = time.monotonic()
+    sheet = options.folder / "contact-sheet.png"
+    title = f"{recipe.name}: phantoms, here the real scans, and what was generated from them"
+    comparison = compare(open_artefact(recipe.uri("corpus")), open_artefact(recipe.uri(dataset)), title)
+    sheet.write_bytes(comparison.contact_sheet)
+    sheet.with_suffix(".json").write_text(json.dumps(comparison.figures, indent=2) + "\n")
+    rows.append(("contact sheet", str(sheet), "1 picture", _since(began)))
+    console.result_table(f"demo: {_since(started)} s in all", ("what", "where", "how many", "seconds"), rows)
+    opening = [f"scanloom demo --folder {options.folder} --store-only &", f"source {options.folder}/env"]
+    opening += [f"scanloom show {uri}" for _, uri, _, _ in rows[1:-1]]
+    print(comparison, "to open what it made:", *(f"  {command}" for command in opening), sep="\n")  # noqa: T201
+
+
+def _ends(recipe: Recipe) -> tuple[Store, str]:
+    """Where the scans lie, and the dataset's name."""
+    if recipe.prepare is None or not isinstance(recipe.prepare.source, DicomTarSource) or recipe.generate is None:
+        raise RecipeError("the demo takes a recipe from a dicom-tar source to a dataset; --set took one of them away")
+    return Store(recipe.prepare.source.uri), recipe.generate.dataset
+
+
+def _put_scans(store: Store, scans: int, recipe: Recipe) -> None:
+    """Phantom scans as DICOM tar shards with fake patient data and some bad files, unless they are there."""
+    found = [entry.key for entry in store.list()]
+    if found == [f"phantoms-{shard:05d}.tar" for shard in range(-(-scans // SCANS_PER_SHARD))]:
+        return
+    store.delete(found)
+    with console.progress("phantoms", scans, "scans") as advance:
+        phantom_archive(
+            store, scans, seed=recipe.seed, size_px=recipe.prepare.size_px if recipe.prepare else 64,
+            scans_per_shard=SCANS_PER_SHARD, bad_files=BAD_FILES, wrote=advance,
+        )  # fmt: skip
+
+
+def _run_job(job: str, overrides: Sequence[str]) -> None:
+    """Run one job as a person would; its exit code, if it fails, is the demo's."""
+    command = [sys.executable, "-m", f"jobs.{job}", str(RECIPE), *(f"--set={override}" for override in overrides)]
+    process = subprocess.Popen(command, cwd=RECIPE.parents[2])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # The terminal sent Ctrl-C to the job too: it puts its Ray session away before it ends.
+        process.wait(timeout=60)
+        raise
+    if code:
+        print(f"{job} ended with exit code {code}; run the demo again to go on from there", file=sys.stderr)  # noqa: T201
+        raise SystemExit(code)
+
+
+def _since(began: float) -> str:
+    return f"{time.monotonic() - began:.0f}"
+
+
+def _how_many(artefact: Artefact) -> str:
+    statistics = artefact.manifest.statistics
+    if artefact.manifest.kind == "generator":
+        return f"{statistics['training']['step']} steps"
+    refused = sum(statistics.get("quarantined", {}).values())
+    rows = f"{statistics['rows']} pictures" if "rows" in statistics else f"{len(artefact.manifest.files)} files"
+    return rows + (f", {refused} refused" if refused else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="holds the store and the contact sheet")
+    parser.add_argument("--scans", type=int, default=1024, help="phantom scans to start from")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--store-only", action="store_true", help="serve the store of an earlier run, nothing else")
+    options = parser.parse_args(argv)
+    return console.run(lambda: demo(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

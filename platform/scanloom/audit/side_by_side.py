@@ -1,0 +1,131 @@
+"""Real scans beside synthetic images: what was asked for, measured in the pictures and shown on a contact sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from scanloom.artefact import Artefact
+from scanloom.attributes import AttributeSchema
+from scanloom.audit.cardiothoracic import HeldOut, auc, cardiothoracic_ratio, fit_probe
+from scanloom.audit.contact_sheet import SheetRow, Tile, contact_sheet
+from scanloom.shards.reader import rows
+from scanloom.shards.writer import png_pixels
+
+NORMAL = "No finding"
+DATASET_FOLDER = "images"
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well the cardiothoracic ratio, measured in the pictures, tells a finding from no finding."""
+
+    finding: str
+    auc: float
+    """Chance that a picture with the finding measures wider than one without; nan without measured pictures."""
+    with_finding: int
+    without: int
+    mean_with: float
+    mean_without: float
+    unmeasured: int
+    """Pictures of either kind that the probe could not read; they are in no other figure."""
+
+    def __str__(self) -> str:
+        return (
+            f"cardiothoracic ratio {self.mean_with:.3f} with {self.finding} ({self.with_finding} pictures), "
+            f"{self.mean_without:.3f} with no finding ({self.without}): AUC {self.auc:.3f}"
+            + (f"; {self.unmeasured} not measurable" if self.unmeasured else "")
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A dataset beside the train split of the corpus that its generator learned from."""
+
+    real: Separation
+    synthetic: Separation
+    probe: HeldOut
+    contact_sheet: bytes
+    """PNG."""
+
+    @property
+    def figures(self) -> dict[str, dict[str, object]]:
+        """Everything but the picture, for JSON: what is not measured is None."""
+        parts = {"real": asdict(self.real), "synthetic": asdict(self.synthetic), "probe": asdict(self.probe)}
+        return {
+            name: {key: None if value != value else value for key, value in part.items()}
+            for name, part in parts.items()
+        }
+
+    def __str__(self) -> str:
+        return f"real:      {self.real}\nsynthetic: {self.synthetic}"
+
+
+def compare(corpus: Artefact, dataset: Artefact, title: str) -> Comparison:
+    """Measure both and draw them side by side under a title; the corpus must declare the attribute `findings`."""
+    schema = AttributeSchema.model_validate(corpus.manifest.statistics["schema"])
+    schema["findings"]
+    real, synthetic = (list(_tiles(a, f, schema)) for a, f in ((corpus, "train"), (dataset, DATASET_FOLDER)))
+    sheet = contact_sheet(title, sheet_rows(real, synthetic))
+    return Comparison(separation(real), separation(synthetic), fit_probe().held_out, sheet)
+
+
+def separation(pictures: Sequence[Tile], finding: str = "Cardiomegaly") -> Separation:
+    """Over the pictures whose findings are exactly `finding`, against those that say that they have none."""
+    both = [picture for picture in pictures if picture.attributes["findings"] in ((finding,), ())]
+    has = np.array([bool(picture.attributes["findings"]) for picture in both], dtype=bool)
+    ratios = np.array([cardiothoracic_ratio(picture.pixels) for picture in both])
+    measured = ~np.isnan(ratios)
+    high, low = ratios[has & measured], ratios[~has & measured]
+    return Separation(
+        finding=finding,
+        auc=auc(high, low),
+        with_finding=len(high),
+        without=len(low),
+        mean_with=float(high.mean()) if len(high) else float("nan"),
+        mean_without=float(low.mean()) if len(low) else float("nan"),
+        unmeasured=int((~measured).sum()),
+    )
+
+
+def sheet_rows(real: Sequence[Tile], synthetic: Sequence[Tile], per_side: int = 4) -> list[SheetRow]:
+    """One row per set of findings that was generated, the most frequent first, `per_side` pictures on each side."""
+    cells: dict[tuple[str, ...], list[Tile]] = {}
+    for tile in synthetic:
+        cells.setdefault(_findings(tile), []).append(tile)
+    found = sorted(cells, key=lambda findings: (bool(findings), -len(cells[findings]), findings))
+    return [
+        SheetRow(
+            cell=" + ".join(findings) or NORMAL,
+            real=_spread([tile for tile in real if _findings(tile) == findings], per_side),
+            synthetic=_spread(cells[findings], per_side),
+            note=f"{len(cells[findings])} generated",
+        )
+        for findings in found
+    ]
+
+
+def _tiles(artefact: Artefact, folder: str, schema: AttributeSchema) -> Iterator[Tile]:
+    """The pictures of an artefact's Parquet shards below `folder`, in shard order."""
+    columns = ["image", "bits_stored", *schema.names]
+    for row in rows(artefact, folder, columns):
+        yield Tile(png_pixels(row["image"]["bytes"]), schema.from_row(row), row["bits_stored"])
+
+
+def _findings(tile: Tile) -> tuple[str, ...]:
+    findings = tile.attributes["findings"]
+    return findings if isinstance(findings, tuple) else ()
+
+
+def _spread(pictures: Sequence[Tile], count: int) -> list[Tile]:
+    """The first pictures of each sex and view before second ones of any, in the order of sex and view."""
+    seen: dict[tuple[object, object], int] = {}
+    ranked = []
+    for place, tile in enumerate(pictures):
+        kind = (tile.attributes.get("sex"), tile.attributes.get("view"))
+        ranked.append((seen.get(kind, 0), place))
+        seen[kind] = seen.get(kind, 0) + 1
+    chosen = [pictures[place] for _, place in sorted(ranked)[:count]]
+    return sorted(chosen, key=lambda t: (str(t.attributes.get("view")), str(t.attributes.get("sex"))), reverse=True)
