@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -32,6 +33,7 @@ from scanloom.scans.phantoms import phantom
 from scanloom.scans.quarantine import reject
 from scanloom.store import ObjectInfo, Store
 
+LOG = logging.getLogger("scanloom.scans")
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 
 # A recipe written for DICOM keywords (or plain names) reads NIH's table unchanged. The table of 2017 says Gender, the
@@ -192,6 +194,9 @@ def _folder_units(source: ImageFolderSource, schema: AttributeSchema) -> list[Un
         raise RecipeError(f"{Store(source.uri).uri}: no objects under this prefix; check prepare.source.uri")
     rows = _rows_by_file(table, source, schema)
     files = [SourceFile(key=file.key, bytes=file.bytes, rows=_rows_of(file, rows)) for file in images]
+    without_file = len(rows.keys() - {row.file for file in files for row in file.rows})
+    if without_file:
+        LOG.info("table: %d of its %d files are not under the prefix", without_file, len(rows))
     slices = [files[start : start + source.files_per_unit] for start in range(0, len(files), source.files_per_unit)]
     return [Unit(index=i, name=f"images-{i:06d}", files=tuple(part)) for i, part in enumerate(slices)]
 
