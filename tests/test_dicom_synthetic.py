@@ -154,6 +154,7 @@ def test_the_same_description_gives_the_same_bytes() -> None:
         ({"spacing_mm": float("nan")}, "spacing_mm"),
         ({"content_date": "20010229"}, "content_date"),
         ({"content_date": "2001111"}, "content_date"),
+        ({"content_date": "30000101"}, "content_date"),
         ({"age_years": -1.0}, "age_years"),
         ({"age_years": 999.5}, "age_years"),
         ({"age_years": float("nan")}, "age_years"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def descriptions(draw: st.DrawFn) -> InstanceDescription:
         generator_digest=draw(NAMES),
         bits_stored=draw(st.sampled_from((8, 12, 16))),
         spacing_mm=draw(st.floats(1e-6, 1e6)),
-        content_date=draw(st.dates()).isoformat().replace("-", ""),
+        content_date=draw(st.dates(date(1000, 1, 1), date(2999, 12, 31))).isoformat().replace("-", ""),
         sex=draw(st.none() | st.sampled_from(("F", "M", "O", "female", "x"))),
         age_years=draw(st.none() | st.floats(0, 999)),
         view=draw(st.none() | st.sampled_from(("PA", "AP", "LL", "RL", "pa")) | LABELS),
@@ -55,6 +56,12 @@ def written_by_pydicom(pixels: Pixels, instance: InstanceDescription) -> bytes:
 def test_bytes_equal_pydicoms_whatever_the_lengths(instance: InstanceDescription, rows: int, columns: int) -> None:
     pixels = pixels_for(instance, rows, columns)
     assert render(pixels, instance) == written_by_pydicom(pixels, instance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(descriptions())
+def test_no_description_makes_a_file_that_a_validator_refuses(instance: InstanceDescription) -> None:
+    assert dciodvfy(render(pixels_for(instance, 3, 5), instance)).errors == ()
 
 
 @settings(max_examples=30, deadline=None)

@@ -173,7 +173,8 @@ def _require(holds: object, message: str) -> None:
 
 def _is_date(text: str) -> bool:
     try:
-        return len(text) == 8 and bool(datetime.strptime(text, "%Y%m%d"))
+        # Validators refuse other millennia as a slip of the pen.
+        return len(text) == 8 and text[0] in "12" and bool(datetime.strptime(text, "%Y%m%d"))
     except ValueError:
         return False
 
