@@ -263,7 +263,8 @@ def _values_of_interest(dataset: Dataset, values: Values, padding: Mask | None) 
 def windowed(values: Values, center: float, width: float, function: str = "LINEAR") -> Values:
     """Values in [0, 1] through a window: LINEAR, LINEAR_EXACT or SIGMOID (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
     if function == "SIGMOID":
-        return _unit(1.0 / (1.0 + np.exp(np.float32(-4.0 / width) * (values - np.float32(center)))))
+        power = np.clip(np.float32(-4.0 / width) * (values - np.float32(center)), -80.0, 80.0)
+        return _unit(1.0 / (1.0 + np.exp(power)))
     if function == "LINEAR":
         center, width = center - 0.5, max(width - 1.0, 1e-6)
     return _unit((values - np.float32(center)) / np.float32(width) + np.float32(0.5))
