@@ -81,28 +81,28 @@ class Folder:
         return str(self.root / key)
 
     def require(self) -> None:
-        with _os_errors(str(self.root)):
+        with os_errors(str(self.root)):
             place = next(p for p in (self.root, *self.root.parents) if p.exists())
         if not place.is_dir():
             raise StoreError(f"{self.root}: {place} is a file, not a folder; choose another folder")
 
     def stream(self, key: str, sink: Callable[[], BinaryIO]) -> None:
-        with _os_errors(self.path(key)), (self.root / key).open("rb") as source:
+        with os_errors(self.path(key)), (self.root / key).open("rb") as source:
             _copy(iter(lambda: source.read(CHUNK), b""), sink())
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
-        with _os_errors(self.path(key)), (self.root / key).open("rb") as source:
+        with os_errors(self.path(key)), (self.root / key).open("rb") as source:
             source.seek(offset)
             return source.read(length)
 
     def write(self, key: str, data: bytes) -> None:
-        with _os_errors(self.path(key)), self._half_written(key) as (half, target):
+        with os_errors(self.path(key)), self._half_written(key) as (half, target):
             half.write_bytes(data)
             _persist(half)
             half.replace(target)
 
     def create(self, key: str, data: bytes) -> bool:
-        with _os_errors(self.path(key)), self._half_written(key) as (half, target):
+        with os_errors(self.path(key)), self._half_written(key) as (half, target):
             half.write_bytes(data)
             _persist(half)
             try:
@@ -114,7 +114,7 @@ class Folder:
             return True
 
     def upload(self, source: Path, key: str) -> None:
-        with _os_errors(self.path(key)), self._half_written(key) as (half, target):
+        with os_errors(self.path(key)), self._half_written(key) as (half, target):
             with source.open("rb") as stream, half.open("wb") as sink:
                 _copy(iter(lambda: stream.read(CHUNK), b""), sink)
             _persist(half)
@@ -124,7 +124,7 @@ class Folder:
         return (self.root / key).is_file()
 
     def list(self, prefix: str) -> list[ObjectInfo]:
-        with _os_errors(self.path(prefix)):
+        with os_errors(self.path(prefix)):
             return [
                 ObjectInfo(file.relative_to(self.root).as_posix(), status.st_size, status.st_mtime)
                 for file in (self.root / prefix).rglob("*")
@@ -133,7 +133,7 @@ class Folder:
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
-            with _os_errors(self.path(key)):
+            with os_errors(self.path(key)):
                 (self.root / key).unlink(missing_ok=True)
 
     def presign(self, key: str, expires_s: int) -> str:
@@ -167,7 +167,8 @@ def _persist(path: Path) -> None:
 
 
 @contextmanager
-def _os_errors(where: str) -> Iterator[None]:
+def os_errors(where: str) -> Iterator[None]:
+    """Turn the operating system's errors into a StoreError of one line about `where`."""
     try:
         yield
     except OSError as error:

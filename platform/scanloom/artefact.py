@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -101,6 +101,14 @@ class Artefact:
         """The files below a folder of the artefact, by path."""
         return tuple(file for file in self.manifest.files if file.path.startswith(f"{folder}/"))
 
+    def fetch(self, folder: Path) -> None:
+        """Copy every file into a local folder. ArtefactError where one is not what the manifest says."""
+        self.store.fetch([file.path for file in self.manifest.files], folder)
+        for file in self.manifest.files:
+            with (folder / file.path).open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
+                    raise ArtefactError(f"{self.store.uri_of(file.path)}: changed since it was written; make it again")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -114,6 +122,11 @@ class Problem:
 def canonical_json(content: object) -> bytes:
     """JSON with one spelling for one content, for digests. ValueError for NaN and infinities."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def plan_digest(*parts: object) -> str:
+    """SHA-256 of what determines a result: kind, input digests, settings. Parts are anything that JSON holds."""
+    return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
 def lineage(role: str, artefact: Artefact) -> Lineage:
@@ -133,6 +146,11 @@ def open_artefact(uri: str, kind: Kind | None = None) -> Artefact:
     if kind is not None and manifest.kind != kind:
         raise ArtefactError(f"{store.uri}: is a {manifest.kind}, expected a {kind}; check the URI")
     return Artefact(store, manifest)
+
+
+def find_artefact(uri: str, kind: Kind) -> Artefact | None:
+    """The finished artefact at a URI, or None where it is not finished yet. Raises as `open_artefact` does."""
+    return open_artefact(uri, kind) if Store(uri).exists(MANIFEST) else None
 
 
 def publish(
@@ -173,10 +191,14 @@ def publish(
     return present
 
 
-def verify(artefact: Artefact) -> Iterator[Problem]:
-    """Re-hash every file; what is missing or changed, then what is there without being in the manifest."""
+def verify(artefact: Artefact, examined: Callable[[], object] = lambda: None) -> Iterator[Problem]:
+    """Re-hash every file; what is missing or changed, then what is there without being in the manifest.
+
+    `examined` is called after each file.
+    """
     with ThreadPoolExecutor(8) as pool:
         for problem in pool.map(lambda file: _examine(artefact.store, file), artefact.manifest.files):
+            examined()
             if problem is not None:
                 yield problem
     known = {file.path for file in artefact.manifest.files}

@@ -1,15 +1,18 @@
 """What a scan is of: the attribute schema that travels from corpus to generator to dataset.
 
 An attribute's value is a str (category), a float in the declared unit (number), a tuple of labels in declared order
-(labels; the empty tuple says "none of them"), or None: unknown. torch-free, so that curation needs no GPU stack.
+(labels; the empty tuple says "none of them"), or None: unknown. Numbers are rounded to single precision at once, which
+is what Parquet and conditioners hold. torch-free, so that curation needs no GPU stack.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Annotated
 
+import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,6 +24,9 @@ from scanloom.recipe import (
     NumberAttribute,
     nearest,
 )
+
+NO_LABEL = "none"
+"""How an envelope names the empty set of labels."""
 
 Value = str | float | tuple[str, ...] | None
 Attributes = Mapping[str, Value]
@@ -92,7 +98,7 @@ class Envelope(BaseModel):
 
     scans: int
     values: Mapping[str, Mapping[str, int]]
-    """category and labels attributes: value -> number of training scans that have it."""
+    """category and labels attributes: value -> number of training scans that have it; NO_LABEL: that have none."""
     ranges: Mapping[str, Range]
     """number attributes."""
 
@@ -106,11 +112,11 @@ class Envelope(BaseModel):
         for row in rows:
             total += 1
             for name, value in row.items():
-                if isinstance(value, float):
+                if isinstance(value, (int, float)):
                     lows[name] = min(value, lows.get(name, value))
                     highs[name] = max(value, highs.get(name, value))
                 elif value is not None:
-                    for item in (value,) if isinstance(value, str) else value:
+                    for item in _items(value):
                         counts[name][item] = counts[name].get(item, 0) + 1
         ranges = {name: Range(low=lows[name], high=highs[name]) for name in sorted(lows)}
         return cls(scans=total, values={n: dict(sorted(c.items())) for n, c in counts.items()}, ranges=ranges)
@@ -118,14 +124,14 @@ class Envelope(BaseModel):
     def require(self, attributes: Attributes) -> None:
         """Raise ArtefactError naming attribute, request and envelope where a request lies outside it."""
         for name, value in attributes.items():
-            if isinstance(value, float):
+            if isinstance(value, (int, float)):
                 seen = self.ranges.get(name)
                 if seen is None or not seen.low <= value <= seen.high:
                     span = f"{seen.low:g} to {seen.high:g}" if seen else "nothing"
                     raise ArtefactError(f"{name}={value:g} is outside the trained envelope; trained on {span}")
             elif value is not None:
                 known = self.values.get(name, {})
-                for item in (value,) if isinstance(value, str) else value:
+                for item in _items(value):
                     if item not in known:
                         seen_items = ", ".join(known) or "nothing"
                         raise ArtefactError(f"{name}={item!r} is outside the trained envelope; trained on {seen_items}")
@@ -142,6 +148,14 @@ def describe(attributes: Attributes) -> str:
         elif value is not None:
             words.append(value)
     return " ".join(words)
+
+
+def _items(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value or (NO_LABEL,)
+
+
+def _single(number: float) -> float:
+    return float(np.float32(number))
 
 
 def _parse(declaration: AttributeDeclaration, text: str | None) -> Value:
@@ -172,16 +186,17 @@ def _parse_number(declaration: NumberAttribute, text: str) -> float:
     if not (math.isfinite(value) and declaration.minimum <= value <= declaration.maximum):
         span = f"[{declaration.minimum:g}, {declaration.maximum:g}] {declaration.unit}"
         raise ScanError("attribute-out-of-range", declaration.name, f"lies outside the declared range {span}")
-    return value
+    return _single(value)
 
 
 def _check(declaration: AttributeDeclaration, value: object) -> Value:
     if value is None:
         return None
     if isinstance(declaration, NumberAttribute):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            number = float(value)
-            if declaration.minimum <= number <= declaration.maximum:
+        if isinstance(value, Real) and not isinstance(value, bool):
+            number = _single(float(value))
+            # Limits are rounded too, or a value at one of them would fall outside.
+            if _single(declaration.minimum) <= number <= _single(declaration.maximum):
                 return number
         raise RecipeError(
             f"{declaration.name}={value!r}: expected a number in [{declaration.minimum:g}, {declaration.maximum:g}] "

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
+from rich.text import Text
 
 from scanloom.errors import ScanloomError
 
@@ -74,14 +75,31 @@ def _figures(figures: Mapping[str, float]) -> str:
     return "".join(f" {name} {value:.4g}" for name, value in figures.items())
 
 
+def step_follower(advance: Callable[..., None]) -> Callable[[Mapping[str, float]], None]:
+    """A receiver of training reports that moves a progress bar to the reported `step`, also after a resume."""
+    reached = 0
+
+    def receive(report: Mapping[str, float]) -> None:
+        nonlocal reached
+        figures = {name: value for name, value in report.items() if name != "step"}
+        advance(int(report["step"]) - reached, **figures)
+        reached = int(report["step"])
+
+    return receive
+
+
 def result_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print what a job made and where, to standard output."""
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row), style=None)
+        table.add_row(*(Text(str(cell), overflow="fold") for cell in row))
+    show(table)
+
+
+def show(content: RenderableType) -> None:
+    """Print to standard output; what is piped is never wrapped, so that a next command can read its URIs."""
     console = Console()
-    # A piped table must not break URIs that a next command is to read.
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    (console if console.is_terminal else Console(width=10_000)).print(content)
 
 
 def log_to_stderr() -> None:
@@ -106,7 +124,7 @@ def run(main: Callable[[], None]) -> int:
         known = root_cause(error)
         if known is None:
             raise
-        print(f"error: {known}", file=sys.stderr)  # noqa: T201
+        print("error:", " ".join(str(known).split()), file=sys.stderr)  # noqa: T201
         return 2
     return 0
 

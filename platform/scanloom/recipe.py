@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,15 +27,19 @@ RESERVED_COLUMNS = frozenset(
     }
 )  # fmt: skip
 
+# YAML 1.1 reads 1e-5 as a string; people write learning rates so.
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
     """A frozen block of a recipe that refuses unknown keys by naming the nearest known one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -67,13 +72,26 @@ class _Named(Section):
         return self
 
 
+def _distinct(name: str, values: Sequence[str]) -> None:
+    if repeated := sorted({value for value in values if values.count(value) > 1}):
+        raise ValueError(f"{name}: values repeat: {', '.join(repeated)}")
+
+
 class CategoryAttribute(_Named):
     """Exactly one of `values`, or unknown."""
 
     kind: Literal["category"] = "category"
-    values: Annotated[tuple[str, ...], Field(min_length=1)]
+    values: Words
     aliases: Mapping[str, str] = {}
     """Spelling found in the source -> one of `values`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _distinct(self.name, self.values)
+        for spelling, value in self.aliases.items():
+            if value not in self.values:
+                raise ValueError(f"{self.name}: alias {spelling!r} stands for {value!r}{nearest(value, self.values)}")
+        return self
 
 
 class NumberAttribute(_Named):
@@ -89,6 +107,8 @@ class NumberAttribute(_Named):
     def _ordered(self) -> Self:
         if not self.minimum < self.maximum:
             raise ValueError(f"{self.name}: minimum {self.minimum} is not below maximum {self.maximum}")
+        if self.cap is not None and not self.minimum < self.cap <= self.maximum:
+            raise ValueError(f"{self.name}: cap {self.cap} is not above minimum {self.minimum} and within the maximum")
         return self
 
 
@@ -96,10 +116,18 @@ class LabelsAttribute(_Named):
     """Any subset of `values` (the empty set is a statement: none of them), or unknown."""
 
     kind: Literal["labels"] = "labels"
-    values: Annotated[tuple[str, ...], Field(min_length=1)]
-    separator: str = "|"
+    values: Words
+    separator: Annotated[str, Field(min_length=1)] = "|"
     none: str = "No Finding"
     """How the source spells the empty set."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _distinct(self.name, self.values)
+        for value in self.values:
+            if value == self.none or self.separator in value:
+                raise ValueError(f"{self.name}: label {value!r} cannot be told from `none` or holds the separator")
+        return self
 
 
 AttributeDeclaration = Annotated[CategoryAttribute | NumberAttribute | LabelsAttribute, Field(discriminator="kind")]
@@ -180,6 +208,9 @@ class Autoencoder(Section):
     kl_weight: Annotated[float, Field(ge=0)] = 1e-6
     adversarial_weight: Annotated[float, Field(ge=0)] = 0.05
     adversarial_from_step: Annotated[int, Field(ge=0)] = 400
+    precision: Literal["fp32", "bf16"] = "fp32"
+    max_scans: Count = 20000
+    """Scans of the train split that it is trained on; more teach an autoencoder little."""
     workers: Count = 2
     cpus_per_worker: Count = 1
     use_gpu: bool = False
@@ -334,6 +365,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = source.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"recipe {source}: cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {source}: is not UTF-8 text; check the path") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -370,8 +403,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not YAML") from error
-    if isinstance(value, str):
-        value = _number(value)
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)
     *parents, last = path.split(".")
     node = tree
     for parent in parents:
@@ -380,11 +413,3 @@ def _override(tree: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {parent!r} is not a section")
         node = child
     node[last] = value
-
-
-def _number(text: str) -> str | float:
-    # YAML 1.1 reads 1e-5 as a string; people write learning rates so.
-    try:
-        return float(text)
-    except ValueError:
-        return text

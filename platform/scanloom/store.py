@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs
 
-from scanloom._backends import HIDDEN, Bucket, Folder, MissingError, ObjectInfo, Sha256Sink, StoredFile
+from scanloom._backends import HIDDEN, Bucket, Folder, MissingError, ObjectInfo, Sha256Sink, StoredFile, os_errors
 from scanloom.errors import RecipeError, StoreError
 
 __all__ = ["ObjectInfo", "Store", "StoredFile"]
@@ -161,24 +161,29 @@ class Store:
             return tuple(pool.map(put, files))
 
     def fetch_folder(self, prefix: str, to: Path) -> None:
-        """Copy every object below `prefix` into a local folder; each file appears whole or not at all."""
+        """Copy every object below `prefix` into a local folder, as `fetch` does."""
         found = self.list(prefix)
         if not found:
             raise StoreError(f"{self.uri_of(prefix)}: no objects there")
+        (self.at(prefix) if prefix else self).fetch([str(PurePosixPath(o.key).relative_to(prefix)) for o in found], to)
 
-        def fetch(key: str) -> None:
-            target = to / PurePosixPath(key).relative_to(prefix)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            half = target.with_name(f"{HIDDEN}{uuid.uuid4().hex}")
-            try:
-                with half.open("wb") as stream:
-                    self._backend.stream(key, lambda: _rewound(stream))
-                half.replace(target)
-            finally:
-                half.unlink(missing_ok=True)
+    def fetch(self, keys: Iterable[str], to: Path) -> None:
+        """Copy these objects into a local folder, under their keys; each file appears whole or not at all."""
+
+        def copy(key: str) -> None:
+            target = to / key
+            with os_errors(str(target)):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                half = target.with_name(f"{HIDDEN}{uuid.uuid4().hex}")
+                try:
+                    with half.open("wb") as stream:
+                        self._backend.stream(_checked(key), lambda: _rewound(stream))
+                    half.replace(target)
+                finally:
+                    half.unlink(missing_ok=True)
 
         with ThreadPoolExecutor(_TRANSFERS) as pool:
-            list(pool.map(fetch, [o.key for o in found]))
+            list(pool.map(copy, keys))
 
     def presign(self, key: str, expires_s: int) -> str:
         """A URL that reads this object without credentials for `expires_s` seconds. S3 only."""

@@ -50,6 +50,11 @@ def read_parquet(store: Store, entry: FileEntry, columns: Sequence[str] | None =
     raise AssertionError("unreachable")
 
 
+def parquet_paths(artefact: Artefact, folder: str) -> list[str]:
+    """Paths of the Parquet shards below `folder`, as `artefact.store.filesystem` and Ray Data read them."""
+    return [artefact.store.path(f.path) for f in artefact.files(folder) if f.path.endswith(".parquet")]
+
+
 def rows(artefact: Artefact, folder: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of an artefact's Parquet shards below `folder` (such as train), in shard order."""
     for entry in artefact.files(folder):
