@@ -161,6 +161,7 @@ def test_the_same_description_gives_the_same_bytes() -> None:
         ({"findings": ("a\nb",)}, "control"),
         ({"findings": ("x" * 10240,)}, "10240"),
         ({"audit": "a\\b"}, "audit"),
+        ({"audit": "è"}, "audit"),
     ],
 )
 def test_a_value_that_dicom_cannot_hold_is_refused_by_name(change: dict[str, Any], named: str) -> None:

@@ -96,8 +96,9 @@ class InstanceDescription:
             f"age_years {self.age_years}; DICOM holds 0 to 999",
         )
         _require(_comment(self).isprintable(), "view or findings hold control characters")
-        _require(len(_comment(self)) <= 10240, "findings are longer than the 10240 characters of Image Comments")
-        _require(self.audit is None or (self.audit.isprintable() and "\\" not in self.audit), "audit is not plain text")
+        _require(len(_comment(self).encode()) <= 10240, "findings are longer than the 10240 bytes of Image Comments")
+        audit = self.audit or "-"
+        _require(audit.isascii() and audit.isprintable() and "\\" not in audit, f"audit {audit!r} is not plain ASCII")
 
     def shared(self) -> InstanceDescription:
         """The description of every instance of the same series kind: without what `individual` says of this one."""
