@@ -92,14 +92,13 @@ def separation(pictures: Sequence[Tile], finding: str = "Cardiomegaly") -> Separ
 
 def sheet_rows(real: Sequence[Tile], synthetic: Sequence[Tile], per_side: int = 4) -> list[SheetRow]:
     """One row per set of findings that was generated, the most frequent first, `per_side` pictures on each side."""
-    cells: dict[tuple[str, ...], list[Tile]] = {}
-    for tile in synthetic:
-        cells.setdefault(_findings(tile), []).append(tile)
+    cells = _by_findings(synthetic)
+    scans = _by_findings(real)
     found = sorted(cells, key=lambda findings: (bool(findings), -len(cells[findings]), findings))
     return [
         SheetRow(
             cell=" + ".join(findings) or NORMAL,
-            real=_spread([tile for tile in real if _findings(tile) == findings], per_side),
+            real=_spread(scans.get(findings, []), per_side),
             synthetic=_spread(cells[findings], per_side),
             note=f"{len(cells[findings])} generated",
         )
@@ -114,9 +113,14 @@ def _tiles(artefact: Artefact, folder: str, schema: AttributeSchema) -> Iterator
         yield Tile(png_pixels(row["image"]["bytes"]), schema.from_row(row), row["bits_stored"])
 
 
-def _findings(tile: Tile) -> tuple[str, ...]:
-    findings = tile.attributes["findings"]
-    return findings if isinstance(findings, tuple) else ()
+def _by_findings(pictures: Sequence[Tile]) -> dict[tuple[str, ...], list[Tile]]:
+    """Pictures by their set of findings; those whose findings are unknown are in none."""
+    cells: dict[tuple[str, ...], list[Tile]] = {}
+    for tile in pictures:
+        findings = tile.attributes["findings"]
+        if isinstance(findings, tuple):
+            cells.setdefault(findings, []).append(tile)
+    return cells
 
 
 def _spread(pictures: Sequence[Tile], count: int) -> list[Tile]:
