@@ -92,7 +92,7 @@ def dataset(pixels: npt.NDArray[Any], *, bits_stored: int | None = None, **eleme
     private = made.private_block(0x0011, f"{CANARY} PRIVATE", create=True)
     private.add_new(0x01, "LO", f"{CANARY} private note")
     meta.MediaStorageSOPClassUID = header["SOPClassUID"]
-    meta.MediaStorageSOPInstanceUID = str(made.get("SOPInstanceUID", "1.2.3"))
+    meta.MediaStorageSOPInstanceUID = UID(str(made.get("SOPInstanceUID", "1.2.3")))
     return made
 
 
