@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,11 +47,11 @@ def solve(
 
 
 def scheduled(scheduler: Any, steps: int, start: torch.Tensor) -> torch.Tensor:
-    scheduler.set_timesteps(steps)
     latents: torch.Tensor = start
+    scheduler.set_timesteps(steps)
     for timestep in scheduler.timesteps:
-        stepped = scheduler.step(network(latents, int(timestep)), timestep, latents)
-        latents = stepped.prev_sample
+        output = network(latents, int(timestep))
+        (latents,) = scheduler.step(output, timestep, latents, return_dict=False)
     return latents
 
 
@@ -76,7 +77,8 @@ def error_on_gaussian_data(solver: SolverName, steps: int) -> float:
     def at(timestep: int) -> torch.Tensor:
         # The probability-flow ODE keeps an image's place in the distribution.
         alpha_squared = float(schedule[timestep])
-        return alpha_squared**0.5 * MEAN + (alpha_squared * SPREAD**2 + 1 - alpha_squared) ** 0.5 * place
+        spread = math.sqrt(alpha_squared * SPREAD**2 + 1 - alpha_squared)
+        return math.sqrt(alpha_squared) * MEAN + spread * place
 
     last = int(trailing_timesteps(len(schedule), steps)[-1])
     made = solve(solver, schedule, "v_prediction", steps, at(len(schedule) - 1), exact)

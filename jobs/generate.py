@@ -1,0 +1,138 @@
+"""Generator -> dataset: a cohort of images as Parquet and DICOM shards; rerun to go on after any interruption.
+
+python -m jobs.generate RECIPE [--set KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from typing import Any
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+from jobs.cluster import connected, run_recipe
+from scanloom import console
+from scanloom.artefact import Artefact, find_artefact, lineage, open_artefact, publish
+from scanloom.errors import RecipeError
+from scanloom.recipe import Generate, Recipe
+from scanloom.sampling.dataset import rows_to_bytes, write_shard
+from scanloom.sampling.plan import PlanSpec, achieved, compile_plan, specify
+from scanloom.sampling.production import ShardEngine
+from scanloom.shards.commit import ShardCommit, begin, committed
+from scanloom.store import Store
+
+CPUS_PER_WRITER = 1
+
+
+def generate(recipe: Recipe) -> None:
+    """Make the recipe's dataset artefact, or what is left of it."""
+    if recipe.generate is None:
+        raise RecipeError(f"recipe {recipe.name!r} has no section 'generate'; it says what to generate")
+    section, started = recipe.generate, time.monotonic()
+    store = Store(recipe.uri(section.dataset))
+    store.require_writable()
+    generator = open_artefact(recipe.uri("generator"), "generator")
+    spec = specify(section, generator.manifest.name, generator.digest, generator.manifest.statistics)
+    begin(store, "dataset", spec.digest)
+    done = committed(store, spec.digest)
+    before = sum(commit.rows for commit in done.values())
+    dataset = find_artefact(store.uri, "dataset")
+    if dataset is None:
+        commits = _make(section, spec, generator, store, done)
+        dataset = _publish(recipe, spec, generator, store, commits)
+    _report(dataset, spec.images - before, time.monotonic() - started)
+
+
+def _make(
+    section: Generate, spec: PlanSpec, generator: Artefact, store: Store, done: dict[int, ShardCommit]
+) -> dict[int, ShardCommit]:
+    """Make and commit the shards that are missing; all commits by shard."""
+    plan = compile_plan(spec)
+    missing = [shard for shard in range(plan.shards) if shard not in done]
+    if not missing:
+        return done
+    with connected():
+        _require_room(section)
+        shards: ray.data.Dataset = ray.data.from_items(
+            [{"shard": shard, "rows": rows_to_bytes(plan.rows(shard))} for shard in missing],
+            override_num_blocks=len(missing),
+        )
+        engine: Any = ShardEngine  # Ray's annotation of `map` leaves out the classes that it takes
+        written = shards.map(
+            engine,
+            fn_constructor_args=(
+                spec, generator.uri, "cuda" if section.gpus_per_engine else "cpu", section.cpus_per_engine,
+            ),
+            num_cpus=section.cpus_per_engine,
+            num_gpus=section.gpus_per_engine,
+            compute=ActorPoolStrategy(size=min(section.engines, len(missing))),
+        ).map(
+            partial(write_shard, spec=spec, store=store),
+            num_cpus=CPUS_PER_WRITER,
+            compute=TaskPoolStrategy(size=section.writers),
+        )  # fmt: skip
+        with console.progress("generate", spec.images, "images", done=sum(c.rows for c in done.values())) as advance:
+            for row in written.iter_rows():
+                done[row["shard"]] = ShardCommit.model_validate_json(row["commit"])
+                advance(row["rows"])
+    return done
+
+
+def _require_room(section: Generate) -> None:
+    """Refuse a recipe that this machine could never start; a cluster may grow."""
+    wanted = section.engines * section.cpus_per_engine + section.writers * CPUS_PER_WRITER
+    there = ray.cluster_resources()
+    if "RAY_ADDRESS" in os.environ:
+        return
+    if wanted > there.get("CPU", 0):
+        raise RecipeError(
+            f"generate: engines {section.engines} x {section.cpus_per_engine} CPUs and writers {section.writers} need "
+            f"{wanted} CPUs, this machine has {there.get('CPU', 0):g}; set generate.engines or generate.writers lower"
+        )
+    if section.engines * section.gpus_per_engine > there.get("GPU", 0):
+        raise RecipeError(
+            f"generate: engines {section.engines} x {section.gpus_per_engine:g} GPUs, this machine has "
+            f"{there.get('GPU', 0):g}; set generate.gpus_per_engine to 0 to run on CPUs"
+        )
+
+
+def _publish(
+    recipe: Recipe, spec: PlanSpec, generator: Artefact, store: Store, commits: dict[int, ShardCommit]
+) -> Artefact:
+    figures = [commit.statistics for commit in commits.values()]
+    environments = {str(sorted(f["environment"].items())): f["environment"] for f in figures}
+    engine_s = sum(f["engine_s"] for f in figures)
+    return publish(
+        store, kind="dataset", name=spec.dataset, recipe=recipe.model_dump(mode="json"),
+        inputs=[lineage("generator", generator)],
+        files=[entry for commit in commits.values() for entry in commit.files.values()],
+        statistics={
+            "plan": spec.digest,
+            "spec": spec.model_dump(mode="json"),
+            "rows": sum(commit.rows for commit in commits.values()),
+            "cells": achieved(spec, [f["cells"] for f in figures]),
+            "images_per_engine_s": spec.images / engine_s if engine_s else 0.0,
+            "environments": list(environments.values()),
+            "gate": "ungated",
+        },
+    )  # fmt: skip
+
+
+def _report(dataset: Artefact, made: int, seconds: float) -> None:
+    statistics = dataset.manifest.statistics
+    if made == 0:
+        console.LOG.info("%s: finished before; nothing to do", dataset.uri)
+    row = (
+        dataset.uri, statistics["rows"], made, f"{made / seconds:.2f}", f"{statistics['images_per_engine_s']:.2f}",
+        statistics["plan"][:12], dataset.digest[:12], statistics["gate"],
+    )  # fmt: skip
+    columns = ("where", "images", "made now", "images/s", "images/engine-s", "plan", "digest", "gate")
+    console.result_table(f"generate: {seconds:.0f} s", columns, [row])
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_recipe(generate, "generate", __doc__, None))

@@ -1,0 +1,137 @@
+"""Plans: all that determines a dataset, and the one row per image that follows from it.
+
+A shard is a pure function of (plan digest, shard number). How many engines and writers work on it, on which hosts and
+how often they die, is no part of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from scanloom.artefact import plan_digest
+from scanloom.attributes import AttributeSchema, Envelope
+from scanloom.errors import ArtefactError, RecipeError
+from scanloom.recipe import Dicom, Generate
+from scanloom.sampling.cohort import CELL_PREFIX, CohortTables, draw, quotas, resolve
+
+FALLBACK_SPACING_MM = 1.0
+
+
+class PlanSpec(BaseModel):
+    """Everything that determines the pixels and files of a dataset, and nothing else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    dataset: str
+    generator: str
+    """Digest of the generator artefact."""
+    generator_name: str
+    attributes: AttributeSchema
+    cohort: CohortTables
+    images: int
+    seed: int
+    solver: Literal["ddim", "dpmpp-2m"]
+    steps: int
+    guidance_scale: float
+    slots: int
+    images_per_shard: int
+    bits_stored: Literal[8, 12, 16]
+    spacing_mm: float
+    dicom: Dicom
+
+    @cached_property
+    def digest(self) -> str:
+        return plan_digest("dataset", self.model_dump(mode="json"))
+
+    @property
+    def shards(self) -> int:
+        return -(-self.images // self.images_per_shard)
+
+    def image_id(self, index: int) -> str:
+        """16 hex digits: whose plan and which image; unique in a dataset and telling across datasets."""
+        return f"{self.digest[:8]}{index:08x}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled plan; `table` has the columns index int64, id string, the attributes, and `cell#n` int32."""
+
+    spec: PlanSpec
+    table: pa.Table
+
+    @property
+    def digest(self) -> str:
+        return self.spec.digest
+
+    @property
+    def shards(self) -> int:
+        return self.spec.shards
+
+    def rows(self, shard: int) -> pa.Table:
+        """The rows of one shard."""
+        return self.table.slice(shard * self.spec.images_per_shard, self.spec.images_per_shard)
+
+
+def specify(section: Generate, name: str, digest: str, statistics: Mapping[str, Any]) -> PlanSpec:
+    """The plan of a recipe's `generate` section for a generator of this name, digest and manifest statistics.
+
+    Raises RecipeError or ArtefactError for a request that the generator cannot meet, naming its envelope.
+    """
+    if section.images >= 2**32:
+        raise RecipeError(f"generate.images={section.images}: a dataset holds fewer than 2**32; order several")
+    if section.guidance_scale > 1.0 and section.slots < 2:
+        raise RecipeError("generate.slots=1: a guided image takes two slots; set slots to 2 or more")
+    for key in ("schema", "envelope", "cells"):
+        if key not in statistics:
+            raise ArtefactError(f"generator {name}: its manifest has no {key!r}; finetune it with this version")
+    schema = AttributeSchema.model_validate(statistics["schema"])
+    envelope = Envelope.model_validate(statistics["envelope"])
+    settings = section.model_dump(include=set(PlanSpec.model_fields) - {"cohort", "dicom"})
+    spacing = section.dicom.pixel_spacing_mm or statistics.get("spacing_mm") or FALLBACK_SPACING_MM
+    return PlanSpec(
+        **settings,
+        generator=digest,
+        generator_name=name,
+        attributes=schema,
+        cohort=resolve(section.cohort, schema, envelope, statistics["cells"]),
+        spacing_mm=spacing,
+        dicom=section.dicom,
+    )
+
+
+def compile_plan(spec: PlanSpec) -> Plan:
+    """The plan with its rows: exact quotas, shuffled; the same spec gives the same rows."""
+    index = pa.array(np.arange(spec.images))
+    ids = pa.array([spec.image_id(i) for i in range(spec.images)])
+    drawn = draw(spec.cohort, spec.attributes, spec.images, spec.seed)
+    return Plan(spec, drawn.add_column(0, "id", ids).add_column(0, "index", index))
+
+
+def cell_counts(rows: pa.Table) -> dict[str, dict[str, int]]:
+    """Table number -> cell number -> images among these rows; both as text, as JSON keys are."""
+    counts = {}
+    for name in rows.column_names:
+        if name.startswith(CELL_PREFIX):
+            cells, images = np.unique(rows[name].to_numpy(), return_counts=True)
+            counts[name.removeprefix(CELL_PREFIX)] = {str(c): int(n) for c, n in zip(cells, images, strict=True)}
+    return counts
+
+
+def achieved(spec: PlanSpec, made: Sequence[Mapping[str, Mapping[str, int]]]) -> list[dict[str, Any]]:
+    """Per cell of the cohort: table, attributes, images requested, images made (summed over `cell_counts`)."""
+    rows = []
+    for number, table in enumerate(spec.cohort.tables):
+        requested = quotas([cell.share for cell in table], spec.images)
+        for place, cell in enumerate(table):
+            count = sum(counts[str(number)].get(str(place), 0) for counts in made)
+            values = cell.model_dump(mode="json")["values"]
+            rows.append({"table": number, "attributes": values, "requested": requested[place], "made": count})
+    return rows

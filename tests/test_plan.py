@@ -1,0 +1,122 @@
+"""Plans: the digest is all that determines pixels and files, and the rows follow from it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from scanloom.errors import ArtefactError, RecipeError
+from scanloom.recipe import Dicom, Generate, MarginalsCohort
+from scanloom.sampling.plan import PlanSpec, achieved, cell_counts, compile_plan, specify
+from tests.tiny_generator import STATISTICS
+
+COHORT = MarginalsCohort(marginals={"sex": {"F": 1, "M": 3}, "age": {"uniform": [30, 60]}})
+
+
+def spec(**changes: Any) -> PlanSpec:
+    settings: dict[str, Any] = {"images": 20, "images_per_shard": 8, "cohort": COHORT, "slots": 4}
+    return specify(Generate(**settings | changes), "tiny", changes.pop("generator", "g" * 64), STATISTICS)
+
+
+def test_same_recipe_same_digest_rows_and_ids() -> None:
+    first, second = compile_plan(spec()), compile_plan(spec())
+    assert first.digest == second.digest
+    assert first.table.equals(second.table)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": 21},
+        {"seed": 1},
+        {"solver": "ddim"},
+        {"steps": 19},
+        {"guidance_scale": 1.5},
+        {"slots": 6},
+        {"images_per_shard": 4},
+        {"bits_stored": 12},
+        {"dataset": "other"},
+        {"cohort": MarginalsCohort(marginals={"sex": {"F": 1, "M": 2}})},
+        {"dicom": Dicom(enabled=False)},
+        {"dicom": Dicom(pixel_spacing_mm=0.2)},
+        {"dicom": Dicom(content_date="20260101")},
+    ],
+    ids=str,
+)
+def test_whatever_changes_pixels_or_files_changes_the_digest(change: dict[str, Any]) -> None:
+    assert spec(**change).digest != spec().digest
+
+
+def test_another_generator_changes_the_digest() -> None:
+    section = Generate(images=4)
+    assert (
+        specify(section, "tiny", "a" * 64, STATISTICS).digest != specify(section, "tiny", "b" * 64, STATISTICS).digest
+    )
+
+
+@pytest.mark.parametrize("change", [{"engines": 3}, {"writers": 2}, {"cpus_per_engine": 4}, {"gpus_per_engine": 1}])
+def test_how_many_work_on_it_leaves_the_digest(change: dict[str, Any]) -> None:
+    assert spec(**change).digest == spec().digest
+
+
+def test_a_plan_survives_the_manifest() -> None:
+    assert PlanSpec.model_validate_json(spec().model_dump_json()) == spec()
+    assert PlanSpec.model_validate_json(spec().model_dump_json()).digest == spec().digest
+
+
+def test_shards_hold_every_row_once_in_order() -> None:
+    plan = compile_plan(spec())
+    assert plan.shards == 3
+    assert [len(plan.rows(shard)) for shard in range(3)] == [8, 8, 4]
+    indices = [row["index"] for shard in range(3) for row in plan.rows(shard).to_pylist()]
+    assert indices == list(range(20))
+
+
+def test_ids_are_distinct_hex_and_tell_plan_and_index() -> None:
+    plan = compile_plan(spec())
+    ids = plan.table["id"].to_pylist()
+    assert len(set(ids)) == 20
+    assert all(len(i) == 16 and int(i[8:], 16) == n and i[:8] == plan.digest[:8] for n, i in enumerate(ids))
+
+
+def test_made_images_are_counted_by_cell_against_the_order() -> None:
+    plan = compile_plan(spec())
+    counts = [cell_counts(plan.rows(shard)) for shard in range(3)]
+    rows = achieved(plan.spec, counts)
+    assert [(r["attributes"], r["requested"], r["made"]) for r in rows if r["table"] == 0] == [
+        ({"sex": "F"}, 5, 5),
+        ({"sex": "M"}, 15, 15),
+    ]
+    short = achieved(plan.spec, counts[:2])
+    assert sum(r["made"] for r in short if r["table"] == 0) == 16
+
+
+def test_spacing_is_the_recipes_then_the_generators_then_one() -> None:
+    def spacing(section: Generate, statistics: dict[str, Any]) -> float:
+        return specify(section, "tiny", "g" * 64, statistics).spacing_mm
+
+    own = Generate(images=1, dicom=Dicom(pixel_spacing_mm=0.2))
+    assert spacing(own, STATISTICS) == 0.2
+    assert spacing(Generate(images=1), STATISTICS) == 0.7
+    assert spacing(Generate(images=1), STATISTICS | {"spacing_mm": None}) == 1.0
+
+
+def test_a_million_rows_take_seconds() -> None:
+    big = spec(images=1_000_000)
+    started = time.process_time()
+    assert len(compile_plan(big).table) == 1_000_000
+    assert time.process_time() - started < 6.0
+
+
+def test_guidance_with_a_single_slot_is_refused_before_any_work() -> None:
+    with pytest.raises(RecipeError, match=r"generate\.slots"):
+        spec(slots=1)
+    assert spec(slots=1, guidance_scale=1.0).slots == 1
+
+
+def test_a_generator_without_an_envelope_is_refused() -> None:
+    statistics = {key: value for key, value in STATISTICS.items() if key != "envelope"}
+    with pytest.raises(ArtefactError, match="envelope"):
+        specify(Generate(images=1), "tiny", "g" * 64, statistics)
