@@ -115,8 +115,9 @@ def _run_job(job: str, overrides: Sequence[str]) -> None:
         process.wait(timeout=60)
         raise
     if code:
-        print(f"{job} ended with exit code {code}; run the demo again to go on from there", file=sys.stderr)  # noqa: T201
-        raise SystemExit(code)
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        print(f"{job} {how}; run the demo again to go on from there", file=sys.stderr)  # noqa: T201
+        raise SystemExit(128 - code if code < 0 else code)
 
 
 def _since(began: float) -> str:
