@@ -66,6 +66,6 @@ def build_denoiser(
             projection_class_embeddings_input_dim=config.condition_dim * len(schema.declarations),
         )
         # A zero output layer starts the network at "no change", which shortens the first phase of training.
-        nn.init.zeros_(unet.conv_out.weight)
-        nn.init.zeros_(unet.conv_out.bias)
+        for parameter in unet.conv_out.parameters():
+            nn.init.zeros_(parameter)
     return AttributeDenoiser(unet, conditioner)

@@ -58,7 +58,8 @@ def moments(autoencoder: AutoencoderKL, pixels_B1HW: Tensor) -> tuple[Tensor, Te
 def normalise(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
     """Latents shifted and scaled to about zero mean and unit variance, as the denoiser sees them."""
     config = autoencoder.config
-    return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+    normalised: Tensor = (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+    return normalised
 
 
 def decode(autoencoder: AutoencoderKL, normalised_BCHW: Tensor) -> Tensor:

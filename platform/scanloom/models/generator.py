@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scanloom.artefact import open_artefact
+from scanloom.artefact import Artefact, open_artefact
 from scanloom.attributes import Attributes, AttributeSchema, Envelope
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_unet import AttributeDenoiser, predict
@@ -63,6 +63,13 @@ def noise_schedule(prediction_type: PredictionType) -> DDIMScheduler:
         set_alpha_to_one=True,
         timestep_spacing="trailing",
     )
+
+
+def alphas_cumprod(prediction_type: PredictionType) -> Tensor:
+    """float64 [TRAIN_TIMESTEPS], decreasing: the share of signal variance at each timestep."""
+    schedule: Any = noise_schedule(prediction_type)
+    values: Tensor = schedule.alphas_cumprod
+    return values.double()
 
 
 class Generator:
@@ -159,8 +166,36 @@ def load_generator(uri: str, device: str = "cpu") -> Generator:
     artefact = open_artefact(uri, "generator")
     with tempfile.TemporaryDirectory(prefix="scanloom-generator-") as scratch:
         folder = Path(scratch)
-        artefact.store.fetch_folder("", folder)
+        artefact.fetch(folder)
         return read_generator(folder, artefact.digest, device)
+
+
+def load_denoiser(uri: str, schema: AttributeSchema, latent_shape: tuple[int, int, int]) -> AttributeDenoiser:
+    """The trainable denoiser of a generator artefact, to go on training from.
+
+    Raises ArtefactError where its attributes or latents are not those of the corpus.
+    """
+    artefact = open_artefact(uri, "generator")
+    with tempfile.TemporaryDirectory(prefix="scanloom-generator-") as scratch:
+        folder = Path(scratch)
+        artefact.fetch(folder)
+        card = read_card(folder)
+        if card.attributes != schema or card.latent_shape != latent_shape:
+            raise ArtefactError(
+                f"{uri}: trained on attributes {', '.join(card.attributes.names)} and latents {card.latent_shape}; "
+                f"this corpus has {', '.join(schema.names)} and {latent_shape}, or other values of them"
+            )
+        conditioner = AttributeConditioner(card.attributes, card.condition_dim)
+        conditioner.load_state_dict(load_file(folder / "conditioner" / "conditioner.safetensors"))
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
+        return AttributeDenoiser(unet.train(), conditioner)
+
+
+def read_latent_shape(autoencoder: Artefact, size_px: int) -> tuple[int, int, int]:
+    """(C, H, W) of the latents that this autoencoder artefact makes of square scans of `size_px`."""
+    config = json.loads(autoencoder.store.read("vae/config.json"))
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    return config["latent_channels"], size_px // factor, size_px // factor
 
 
 def read_card(folder: Path) -> GeneratorCard:

@@ -1,0 +1,126 @@
+"""Latents -> generator: train the denoiser on Ray Train with DeepSpeed; rerun to go on after any interruption.
+
+python -m jobs.finetune RECIPE [--set KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray.data
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from jobs.cluster import connected, run_recipe
+from scanloom import console
+from scanloom.artefact import Artefact, FileEntry, find_artefact, lineage, open_artefact, plan_digest, publish
+from scanloom.attributes import AttributeSchema, Envelope
+from scanloom.errors import ArtefactError
+from scanloom.models.generator import GeneratorCard, read_latent_shape
+from scanloom.recipe import Recipe
+from scanloom.shards.commit import begin
+from scanloom.shards.reader import parquet_paths
+from scanloom.store import Store
+from scanloom.training.loop import FinetuneJob, train_denoiser
+from scanloom.training.reports import following
+
+# Where a step runs does not change what it makes.
+PLACE = {
+    "workers", "cpus_per_worker", "use_gpu", "max_failures", "checkpoint_every_steps", "keep_checkpoints",
+    "log_every_steps",
+}  # fmt: skip
+
+
+def finetune(recipe: Recipe) -> None:
+    """Make the recipe's generator artefact, or what is left of it."""
+    started = time.monotonic()
+    store = Store(recipe.uri("generator"))
+    store.require_writable()
+    latents = open_artefact(recipe.uri("latents"), "latents")
+    autoencoder = open_artefact(recipe.uri("autoencoder"), "autoencoder")
+    job = _job(recipe, latents, autoencoder)
+    plan = plan_digest(
+        "generator", latents.digest, autoencoder.digest, recipe.seed, recipe.name,
+        recipe.finetune.model_dump(mode="json", exclude=PLACE), _start_digest(recipe),
+    )  # fmt: skip
+    begin(store, "generator", plan)
+    generator = find_artefact(store.uri, "generator")
+    if generator is None:
+        with connected():
+            metrics = _train(recipe, job, latents, plan)
+        generator = publish(
+            store, kind="generator", name=recipe.name, recipe=recipe.model_dump(mode="json"),
+            inputs=[lineage("latents", latents), lineage("autoencoder", autoencoder)],
+            files=[FileEntry.model_validate(entry) for entry in metrics.pop("files")],
+            statistics={"plan": plan, "training": metrics} | _carried(latents),
+        )  # fmt: skip
+    training = generator.manifest.statistics["training"]
+    row = (
+        "generator", generator.uri, f"{training['step']} steps", f"{training['images_per_s']:.1f} images/s",
+        f"held-out loss {training['held_out_loss']:.4f}", generator.digest[:12],
+    )  # fmt: skip
+    seconds = time.monotonic() - started
+    console.result_table(f"finetune: {seconds:.0f} s", ("what", "where", "trained", "rate", "loss", "digest"), [row])
+
+
+def _job(recipe: Recipe, latents: Artefact, autoencoder: Artefact) -> FinetuneJob:
+    statistics = latents.manifest.statistics
+    schema = AttributeSchema.model_validate(statistics["schema"])
+    if schema.declarations != recipe.attributes:
+        raise ArtefactError(
+            f"{latents.uri}: encoded with attributes {', '.join(schema.names)}; recipe {recipe.name!r} declares "
+            f"{', '.join(a.name for a in recipe.attributes)}, or other values of them; prepare again"
+        )
+    size = statistics["size_px"]
+    card = GeneratorCard(
+        family=recipe.finetune.denoiser.family, name=recipe.name, attributes=schema,
+        envelope=Envelope.model_validate(statistics["envelope"]), condition_dim=recipe.finetune.denoiser.condition_dim,
+        latent_shape=read_latent_shape(autoencoder, size), image_shape=(1, size, size),
+        spacing_mm=statistics["spacing_mm"], trained_steps=recipe.finetune.steps,
+    )  # fmt: skip
+    return FinetuneJob(
+        recipe=recipe.finetune, seed=recipe.seed, card=card,
+        autoencoder_uri=autoencoder.uri, generator_uri=recipe.uri("generator"),
+    )  # fmt: skip
+
+
+def _start_digest(recipe: Recipe) -> str | None:
+    return open_artefact(recipe.finetune.start_from, "generator").digest if recipe.finetune.start_from else None
+
+
+def _carried(latents: Artefact) -> dict[str, object]:
+    return {key: latents.manifest.statistics[key] for key in ("schema", "envelope", "cells", "spacing_mm", "size_px")}
+
+
+def _train(recipe: Recipe, job: FinetuneJob, latents: Artefact, plan: str) -> dict[str, Any]:
+    section, runs = recipe.finetune, Store(recipe.uri("runs"))
+    rows: dict[str, Any] = {
+        split: ray.data.read_parquet(parquet_paths(latents, split), filesystem=latents.store.filesystem)
+        for split in ("train", "validation")
+    }
+    with (
+        console.progress("finetune", section.steps, "steps") as advance,
+        following(console.step_follower(advance)) as reports,
+    ):
+        trainer = TorchTrainer(
+            train_denoiser,
+            train_loop_config=job.model_dump(mode="json"),
+            datasets=rows,
+            # Every worker streams all latents once; which rows it trains on follows from the step and its rank.
+            dataset_config=DataConfig(datasets_to_split=[]),
+            scaling_config=ScalingConfig(
+                num_workers=section.workers, use_gpu=section.use_gpu,
+                resources_per_worker={"CPU": section.cpus_per_worker},
+            ),
+            run_config=RunConfig(
+                name=f"generator-{plan[:12]}", storage_path=runs.path(), storage_filesystem=runs.filesystem,
+                failure_config=FailureConfig(max_failures=section.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=section.keep_checkpoints), callbacks=[reports],
+            ),
+        )  # fmt: skip
+        return dict(trainer.fit().metrics or {})
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_recipe(finetune, "finetune", __doc__ or "", None))

@@ -1,0 +1,48 @@
+"""From Ray Train's controller to the driver's terminal: metrics as they are reported."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.train import Checkpoint, UserCallback
+from ray.util.queue import Empty, Queue
+
+
+class QueueReports(UserCallback):
+    """Puts the metrics that worker 0 reports into a queue; runs in the controller."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Forward one report."""
+        self._queue.put({name: value for name, value in metrics[0].items() if isinstance(value, (int, float))})
+
+
+@contextmanager
+def following(receive: Callable[[dict[str, float]], None]) -> Iterator[Any]:
+    """A callback for RunConfig whose reports reach `receive` in this process, until the block ends.
+
+    Any: RunConfig's annotation names Tune's callback class, which Train's own does not derive from.
+    """
+    queue = Queue()
+    ended = threading.Event()
+
+    def pump() -> None:
+        while not (ended.is_set() and queue.empty()):
+            try:
+                receive(queue.get(timeout=0.5))
+            except Empty:
+                continue
+
+    thread = threading.Thread(target=pump, name="training-reports", daemon=True)
+    thread.start()
+    try:
+        yield QueueReports(queue)
+    finally:
+        ended.set()
+        thread.join(timeout=10)
+        queue.shutdown()

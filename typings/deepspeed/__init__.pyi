@@ -1,0 +1,3 @@
+from typing import Any
+
+def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]: ...
