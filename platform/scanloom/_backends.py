@@ -246,9 +246,10 @@ class Bucket:
             try:
                 self._s3.head_object(Bucket=self.name, Key=self._key(key))
             except ClientError as error:
-                if _status(error) != 404:
-                    raise
-                return False
+                if _status(error) == 404:
+                    return False
+                self.require()  # tells wrong credentials from a missing right, which HEAD does not
+                raise
             return True
 
     def list(self, prefix: str) -> list[ObjectInfo]:

@@ -181,7 +181,7 @@ def _parse_number(declaration: NumberAttribute, text: str) -> float:
         value = float(text) / divisor
     except ValueError:
         raise ScanError("attribute-not-a-number", declaration.name, "holds text where a number is declared") from None
-    if declaration.cap is not None:
+    if declaration.cap is not None and math.isfinite(value):
         value = min(value, declaration.cap)
     if not (math.isfinite(value) and declaration.minimum <= value <= declaration.maximum):
         span = f"[{declaration.minimum:g}, {declaration.maximum:g}] {declaration.unit}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 from rich.text import Text
 
-from scanloom.errors import ScanloomError
+from scanloom.errors import ArtefactError, RecipeError, ScanloomError, StoreError
 
 LOG = logging.getLogger("scanloom")
 Advance = Callable[[int], None]
@@ -107,6 +108,16 @@ def log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s", force=True)
     for noisy in ("botocore", "boto3", "urllib3", "ray", "deepspeed", "DeepSpeed", "dicomanonymizer"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # What Ray Data says of every run, and its own report of an error that reaches the user by way of `run`.
+    for part in ("exceptions", "progress", "execution.streaming_executor", "execution.streaming_executor_state"):
+        for module in (f"ray.data.{part}", f"ray.data._internal.{part}"):
+            logging.getLogger(module).addFilter(_to_file_only)
+
+
+def _to_file_only(record: logging.LogRecord) -> bool:
+    # Ray Data's console handler leaves out records that are marked so; its log file keeps them.
+    record.hide = True
+    return True
 
 
 def run(main: Callable[[], None]) -> int:
@@ -133,7 +144,6 @@ def root_cause(error: BaseException) -> ScanloomError | None:
     """The ScanloomError at the bottom of an exception, also under Ray's task and training wrappers; None if none."""
     queue: list[BaseException] = [error]
     seen: set[int] = set()
-    found: ScanloomError | None = None
     while queue:
         current = queue.pop(0)
         if id(current) in seen:
@@ -141,10 +151,22 @@ def root_cause(error: BaseException) -> ScanloomError | None:
         seen.add(id(current))
         # Ray's dual-class errors are instances of the cause's class too, but their text is a traceback.
         if isinstance(current, ScanloomError) and not hasattr(current, "cause"):
-            found = current
-            break
+            return current
         inner = [getattr(current, "cause", None), current.__cause__, current.__context__]
         inner += list(getattr(current, "worker_failures", {}).values())
         inner += [getattr(current, "_base_exception", None), getattr(current, "controller_failure", None)]
         queue += [e for e in inner if isinstance(e, BaseException)]
-    return found
+    return _named_in(str(error))
+
+
+# The last line of a traceback that one of our errors ended.
+_ENDING = re.compile(r"^scanloom\.errors\.(\w+): (.+)$", re.MULTILINE)
+
+
+def _named_in(traceback: str) -> ScanloomError | None:
+    # Ray Data sends its wrapper without the cause: what is left of that is the worker's traceback, innermost first.
+    ending = _ENDING.search(traceback)
+    if ending is None:
+        return None
+    kinds: dict[str, type[ScanloomError]] = {kind.__name__: kind for kind in (RecipeError, StoreError, ArtefactError)}
+    return kinds.get(ending[1], ScanloomError)(ending[2])
