@@ -1,6 +1,6 @@
 """Ray programs, one file each: `python -m jobs.prepare`, `encode`, `finetune`, `generate`.
 
-Ray reads its authentication mode once, while it is imported, so that it is settled here, before any job imports Ray.
+Ray reads these variables once, while it is imported, so that they are settled here, before any job imports Ray.
 """
 
 import os
@@ -8,6 +8,9 @@ import secrets
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# A terminal shows the job's progress; what Ray says of its own is in its session's log files.
+os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
 if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_ADDRESS"):
     # A local cluster of the job's own gets a token of its own, which its processes alone inherit.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

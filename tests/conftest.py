@@ -13,6 +13,10 @@ from scanloom.embedded_s3 import EmbeddedS3
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Ray reads these once, while it is imported: before any test module imports it.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3]:
@@ -42,12 +46,12 @@ def store_uri(bucket: str) -> str:
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3: EmbeddedS3) -> Iterator[None]:
-    """One local Ray with two CPUs, whose workers know the S3 server."""
+    """One local Ray with two CPUs and, as jobs.cluster has it, two more for I/O, whose workers know the S3 server and the tests' pseudonym key."""
     import ray
 
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": s3.environment})
+    os.environ["SCANLOOM_PSEUDONYM_KEY"] = "0123456789abcdef" * 4
+    known = s3.environment | {"SCANLOOM_PSEUDONYM_KEY": os.environ["SCANLOOM_PSEUDONYM_KEY"]}
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": known})
     yield
     ray.shutdown()
 

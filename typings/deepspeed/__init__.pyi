@@ -1,3 +1,5 @@
 from typing import Any
 
+ops: Any
+
 def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]: ...

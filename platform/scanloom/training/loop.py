@@ -111,7 +111,8 @@ def train_denoiser(config: dict[str, Any]) -> None:
     step = _restore(engine, ema)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    started, since, summed = time.monotonic(), step, torch.zeros((), device=device)
+    started, resumed_at = time.monotonic(), step
+    since, summed = step, torch.zeros((), device=device)
     while step < recipe.steps:
         where = positions(step, recipe.batch_size, rank, workers)
         summed += _train_step(engine, batches, where, recipe.gradient_accumulation)
@@ -125,9 +126,9 @@ def train_denoiser(config: dict[str, Any]) -> None:
             raise RecipeError(
                 f"loss is {loss} at step {step}; lower finetune.learning_rate (now {recipe.learning_rate:g})"
             )
-        elapsed = time.monotonic() - started
-        metrics = {"step": step, "loss": loss, "images_per_s": (step - since) * recipe.batch_size / elapsed}
-        started, since, summed = time.monotonic(), step, torch.zeros((), device=device)
+        rate = (step - resumed_at) * recipe.batch_size / (time.monotonic() - started)
+        metrics = {"step": step, "loss": loss, "images_per_s": rate}
+        since, summed = step, torch.zeros((), device=device)
         if saving:
             metrics["held_out_loss"] = _held_out_loss(engine, held_out, rank, workers)
             files = _release(job, ema, vae, rank) if step == recipe.steps else []
@@ -172,6 +173,10 @@ def _engine(job: FinetuneJob) -> Any:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # reads DS_ACCELERATOR when imported
 
+    if not job.recipe.use_gpu:
+        # A C++ extension for collectives in shared memory, compiled at first use: it needs a compiler on every host,
+        # takes a minute, and a worker killed while compiling leaves a lock that its successors wait for. Gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     denoiser = _initial(job)
     engine, _, _, _ = deepspeed.initialize(

@@ -97,7 +97,7 @@ def train_autoencoder(config: dict[str, Any]) -> None:
     _restore(state)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    started, since = time.monotonic(), state.step
+    started, resumed_at = time.monotonic(), state.step
     while state.step < recipe.steps:
         where = positions(state.step, recipe.batch_size, rank, workers)
         pixels = _pixels(scans[torch.from_numpy(rows_at(where, len(scans), job.seed))]).to(device)
@@ -110,9 +110,8 @@ def train_autoencoder(config: dict[str, Any]) -> None:
         mean_loss = _mean_over_workers(loss)
         if not math.isfinite(mean_loss):
             raise RecipeError(f"autoencoder loss is {mean_loss} at step {state.step}; lower autoencoder.learning_rate")
-        rate = (state.step - since) * recipe.batch_size / (time.monotonic() - started)
+        rate = (state.step - resumed_at) * recipe.batch_size / (time.monotonic() - started)
         metrics: dict[str, Any] = {"step": state.step, "loss": mean_loss, "images_per_s": rate}
-        started, since = time.monotonic(), state.step
         if not saving:
             ray.train.report(metrics)
             continue
