@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from scanloom.artefact import Artefact, FileEntry, Problem, lineage, open_artefact, publish, verify
+from scanloom.artefact import (
+    Artefact,
+    FileEntry,
+    Problem,
+    find_artefact,
+    lineage,
+    open_artefact,
+    plan_digest,
+    publish,
+    verify,
+)
 from scanloom.errors import ArtefactError, StoreError
 from scanloom.store import Store
 
@@ -102,6 +112,33 @@ def test_a_damaged_manifest_is_refused(store: Store, text: bytes) -> None:
     store.write("manifest.json", text)
     with pytest.raises(ArtefactError, match=r"manifest\.json is damaged"):
         open_artefact(store.uri)
+
+
+def test_fetching_copies_every_file_and_refuses_a_changed_one(store: Store, tmp_path: Path) -> None:
+    artefact = _published(store)
+    store.write("stray", b"not fetched")
+    artefact.fetch(tmp_path / "copy")
+    files = {p.relative_to(tmp_path / "copy").as_posix(): p for p in (tmp_path / "copy").rglob("*") if p.is_file()}
+    assert {name: path.read_bytes() for name, path in files.items()} == {"a/x": b"first", "b/y": b"second"}
+    store.write("b/y", b"secOnd")
+    with pytest.raises(ArtefactError, match="b/y: changed since it was written"):
+        artefact.fetch(tmp_path / "again")
+
+
+def test_an_unfinished_artefact_is_not_found_and_another_kind_is_an_error(store: Store) -> None:
+    assert find_artefact(store.uri, "corpus") is None
+    published = _published(store)
+    assert find_artefact(store.uri, "corpus") == published
+    with pytest.raises(ArtefactError, match="expected a dataset"):
+        find_artefact(store.uri, "dataset")
+
+
+def test_a_plan_digest_depends_on_values_not_on_the_order_of_keys() -> None:
+    assert plan_digest("dataset", {"a": 1, "b": [2]}) == plan_digest("dataset", {"b": [2], "a": 1})
+    different = [plan_digest("dataset", {"a": 1}), plan_digest("dataset", {"a": 2}), plan_digest("corpus", {"a": 1})]
+    assert len({*different, plan_digest("dataset", {"a": 1.5})}) == 4
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        plan_digest({"a": float("nan")})
 
 
 def test_verification_finds_what_is_missing_changed_and_extra(store: Store) -> None:

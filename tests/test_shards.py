@@ -26,7 +26,7 @@ from scanloom.embedded_s3 import EmbeddedS3
 from scanloom.errors import ArtefactError, StoreError
 from scanloom.recipe import CategoryAttribute, LabelsAttribute, NumberAttribute
 from scanloom.shards.commit import ShardPart, begin, clean_orphans, commit_shard, committed, orphans, part_key
-from scanloom.shards.reader import read_file, read_parquet, rows
+from scanloom.shards.reader import parquet_paths, read_file, read_parquet, rows
 from scanloom.shards.schemas import QUARANTINE_SCHEMA, corpus_schema, dataset_schema, latents_schema
 from scanloom.shards.writer import parquet_bytes, png_bytes, png_pixels, tar_bytes
 from scanloom.store import Store
@@ -258,6 +258,8 @@ def test_rows_come_in_shard_order_from_one_folder(store: Store) -> None:
     other = FileEntry(path="holdout/shard-000000-000000000000.parquet", bytes=0, sha256="")
     artefact = publish(store, kind="corpus", name="n", recipe={}, inputs=[], files=[*entries, other], statistics={})
     assert [row["id"] for row in rows(artefact, "train")] == ["a", "b", "c", "d"]
+    paths = parquet_paths(artefact, "train")
+    assert pq.read_table(paths, filesystem=store.filesystem).column("id").to_pylist() == ["a", "b", "c", "d"]
 
 
 # --- schemas --------------------------------------------------------------------------------------------------

@@ -121,7 +121,8 @@ class Folder:
             half.replace(target)
 
     def exists(self, key: str) -> bool:
-        return (self.root / key).is_file()
+        with os_errors(self.path(key)):
+            return (self.root / key).is_file()
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         with os_errors(self.path(prefix)):

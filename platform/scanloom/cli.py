@@ -198,7 +198,7 @@ def _distribution(name: str, needed_by: str) -> tuple[str, str, str]:
 
 def _machine() -> tuple[str, str, str]:
     free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
-    return "processors", str(len(os.sched_getaffinity(0))), f"{free_gb:.0f} GB free in {Path.cwd()}"
+    return "processors", str(os.cpu_count()), f"{free_gb:.0f} GB free in {Path.cwd()}"
 
 
 def _gpus() -> tuple[str, str, str]:
