@@ -63,7 +63,7 @@ def full_of_canaries() -> Dataset:
     inner = Dataset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for keyword, tag in keyword_dict.items():
+        for tag in keyword_dict.values():
             vr = dictionary_VR(tag)
             if tag >> 16 >= 8 and vr in TEXT_VRS:
                 made.add_new(tag, vr, f"{CANARY}{tag:08X}")
