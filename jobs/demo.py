@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,6 @@ from scanloom.store import Store
 RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 # Phantoms are nobody, so this key keeps no secret. Real scans take one that only their owner knows.
 DEMO_KEY = "phantoms-are-nobody-and-this-key-keeps-no-secret"
-SCANS_PER_SHARD = 128
 BAD_FILES = 5
 
 
@@ -59,12 +59,12 @@ def _enter(s3: EmbeddedS3, folder: Path, recipe: Recipe) -> None:
 
 def _run_all(recipe: Recipe, options: argparse.Namespace) -> None:
     started = began = time.monotonic()
-    scans, dataset = _ends(recipe)
+    dataset = recipe.generate.dataset if recipe.generate else "dataset"
     steps = {
         "prepare": ["corpus"], "encode": ["autoencoder", "latents"], "finetune": ["generator"], "generate": [dataset],
     }  # fmt: skip
-    _put_scans(scans, options.scans, recipe)
-    rows = [("scans", scans.uri, f"{options.scans} scans, {BAD_FILES} bad files", _since(began))]
+    scans = _put_scans(recipe, options.scans)
+    rows = [("scans", scans, f"{options.scans} scans, {BAD_FILES} bad files", _since(began))]
     for job, names in steps.items():
         began = time.monotonic()
         _run_job(job, options.overrides)
@@ -79,29 +79,23 @@ def _run_all(recipe: Recipe, options: argparse.Namespace) -> None:
     sheet.with_suffix(".json").write_text(json.dumps(comparison.figures, indent=2) + "\n")
     rows.append(("contact sheet", str(sheet), "1 picture", _since(began)))
     console.result_table(f"demo: {_since(started)} s in all", ("what", "where", "how many", "seconds"), rows)
-    opening = [f"scanloom demo --folder {options.folder} --store-only &", f"source {options.folder}/env"]
-    opening += [f"scanloom show {uri}" for _, uri, _, _ in rows[1:-1]]
-    print(comparison, "to open what it made:", *(f"  {command}" for command in opening), sep="\n")  # noqa: T201
+    command = "scanloom" if shutil.which("scanloom") else os.path.relpath(Path(sys.executable).with_name("scanloom"))
+    folder = shlex.quote(str(options.folder))
+    opening = [f"{command} demo --folder {folder} --store-only &", f"source {folder}/env"]
+    opening += [f"{command} show {uri}" for _, uri, _, _ in rows[1:-1]]
+    print(comparison, "to open what it made:", *(f"  {line}" for line in opening), sep="\n")  # noqa: T201
 
 
-def _ends(recipe: Recipe) -> tuple[Store, str]:
-    """Where the scans lie, and the dataset's name."""
-    if recipe.prepare is None or not isinstance(recipe.prepare.source, DicomTarSource) or recipe.generate is None:
-        raise RecipeError("the demo takes a recipe from a dicom-tar source to a dataset; --set took one of them away")
-    return Store(recipe.prepare.source.uri), recipe.generate.dataset
-
-
-def _put_scans(store: Store, scans: int, recipe: Recipe) -> None:
-    """Phantom scans as DICOM tar shards with fake patient data and some bad files, unless they are there."""
-    found = [entry.key for entry in store.list()]
-    if found == [f"phantoms-{shard:05d}.tar" for shard in range(-(-scans // SCANS_PER_SHARD))]:
-        return
-    store.delete(found)
+def _put_scans(recipe: Recipe, scans: int) -> str:
+    """Where the phantom scans are: DICOM tar shards with fake patient data and some bad files."""
+    if recipe.prepare is None or not isinstance(recipe.prepare.source, DicomTarSource):
+        raise RecipeError(
+            "the demo puts its scans where prepare.source says, as DICOM in tar shards; leave it dicom-tar"
+        )
+    store, size_px = Store(recipe.prepare.source.uri), recipe.prepare.size_px
     with console.progress("phantoms", scans, "scans") as advance:
-        phantom_archive(
-            store, scans, seed=recipe.seed, size_px=recipe.prepare.size_px if recipe.prepare else 64,
-            scans_per_shard=SCANS_PER_SHARD, bad_files=BAD_FILES, wrote=advance,
-        )  # fmt: skip
+        phantom_archive(store, scans, seed=recipe.seed, size_px=size_px, bad_files=BAD_FILES, wrote=advance)
+    return store.uri
 
 
 def _run_job(job: str, overrides: Sequence[str]) -> None:
@@ -112,8 +106,11 @@ def _run_job(job: str, overrides: Sequence[str]) -> None:
         code = process.wait()
     except KeyboardInterrupt:
         # The terminal sent Ctrl-C to the job too: it puts its Ray session away before it ends.
-        process.wait(timeout=60)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=60)
         raise
+    finally:
+        process.kill()
     if code:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         print(f"{job} {how}; run the demo again to go on from there", file=sys.stderr)  # noqa: T201
@@ -128,6 +125,8 @@ def _how_many(artefact: Artefact) -> str:
     statistics = artefact.manifest.statistics
     if artefact.manifest.kind == "generator":
         return f"{statistics['training']['step']} steps"
+    if "psnr_db" in statistics:
+        return f"{statistics['psnr_db']:.1f} dB PSNR held out"
     refused = sum(statistics.get("quarantined", {}).values())
     rows = f"{statistics['rows']} pictures" if "rows" in statistics else f"{len(artefact.manifest.files)} files"
     return rows + (f", {refused} refused" if refused else "")

@@ -166,3 +166,22 @@ def test_an_archive_is_the_same_bytes_again_and_holds_the_bad_files_it_names(tmp
             names += tar.getnames()
     assert len(names) == 26
     assert sum(name.startswith("FAKE-BAD/") for name in names) == 6
+
+
+def test_an_interrupted_archive_goes_on_with_the_shards_that_are_missing(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    keys = phantom_archive(store, 20, seed=3, size_px=32, scans_per_shard=8).shards
+    whole = {key: store.read(key) for key in keys}
+    store.delete(keys[1:2])
+    store.write(keys[0], b"kept")
+    heard: list[int] = []
+    phantom_archive(store, 20, seed=3, size_px=32, scans_per_shard=8, wrote=heard.append)
+    assert heard == [8, 8, 4]
+    assert (store.read(keys[0]), store.read(keys[1])) == (b"kept", whole[keys[1]])
+
+
+def test_archives_of_other_settings_do_not_share_a_key(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    settings = [(20, 3, 32), (21, 3, 32), (20, 4, 32), (20, 3, 40)]
+    keys = [k for n, seed, px in settings for k in phantom_archive(store, n, seed=seed, size_px=px).shards]
+    assert len(set(keys)) == len(keys) == len(store.list())

@@ -75,6 +75,8 @@ def test_no_pictures_of_a_kind_leave_the_separation_unknown() -> None:
     found = separation([_tile(scan) for scan in _phantoms(40) if not scan.findings])
     assert found.with_finding == 0
     assert math.isnan(found.auc)
+    assert "AUC" not in str(found)
+    assert "nan" not in str(found)
 
 
 def test_a_sheet_has_a_row_per_generated_cell_with_pictures_of_that_cell_on_both_sides() -> None:

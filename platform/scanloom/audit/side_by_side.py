@@ -33,11 +33,11 @@ class Separation:
     """Pictures of either kind that the probe could not read; they are in no other figure."""
 
     def __str__(self) -> str:
-        return (
-            f"cardiothoracic ratio {self.mean_with:.3f} with {self.finding} ({self.with_finding} pictures), "
-            f"{self.mean_without:.3f} with no finding ({self.without}): AUC {self.auc:.3f}"
-            + (f"; {self.unmeasured} not measurable" if self.unmeasured else "")
-        )
+        groups = ((self.finding, self.with_finding, self.mean_with), ("no finding", self.without, self.mean_without))
+        said = [f"{mean:.3f} with {name} ({count} pictures)" for name, count, mean in groups if count]
+        said += [f"AUC {self.auc:.3f}"] if len(said) == len(groups) else []
+        said += [f"{self.unmeasured} pictures not measurable"] if self.unmeasured else []
+        return f"cardiothoracic ratio: {', '.join(said) or 'nothing to measure'}"
 
 
 @dataclass(frozen=True)

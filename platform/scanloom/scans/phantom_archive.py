@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import tarfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ from scanloom.scans.phantoms import Phantom, phantom
 from scanloom.store import Store
 
 _NAMESPACE = uuid.UUID("8f1d7c52-6a0e-5b86-9a3b-1d2f6f0f3c11")
+BAD_KINDS = ("truncated", "not DICOM", "duplicate", "burned-in text", "empty")
+"""What the bad files are, in turn."""
 _FAKE_NAMES = ("ALDER", "BIRCH", "CEDAR", "ELDER", "FIR", "HAZEL", "LARCH", "MAPLE", "OAK", "PINE", "ROWAN", "WILLOW")
 
 
@@ -45,28 +48,33 @@ def phantom_archive(
     *,
     seed: int,
     size_px: int,
-    scans_per_shard: int = 256,
+    scans_per_shard: int = 128,
     bad_files: int = 0,
     wrote: Callable[[int], None] = lambda files: None,
 ) -> PhantomArchive:
     """Write scans `0..scans-1` of the series `seed` and `bad_files` unusable files beside them; same in, same bytes.
 
-    `wrote` hears the number of scans of each finished shard.
+    A shard's key names everything that its bytes follow from: one that is there is kept. `wrote` hears the number of
+    scans of each shard that is done.
     """
-    keys: list[str] = []
-    counts: dict[str, int] = {}
-    for shard, start in enumerate(range(0, scans, scans_per_shard)):
-        indices = range(start, min(start + scans_per_shard, scans))
-        good = [member(seed, index, size_px) for index in indices]
-        members = list(good)
-        for bad in range(shard, bad_files, -(-scans // scans_per_shard)):
-            kind, file = _bad_file(bad, good[bad % len(good)], seed)
-            members.insert(min(5 * bad + 3, len(members)), file)
-            counts[kind] = counts.get(kind, 0) + 1
-        keys.append(f"phantoms-{shard:05d}.tar")
-        store.write(keys[-1], _tar(members))
+    shards = -(-scans // scans_per_shard)
+    keys = [f"seed{seed}-{size_px}px-{scans}scans-{bad_files}bad-{n:05d}-of-{shards:05d}.tar" for n in range(shards)]
+    present = {entry.key for entry in store.list()}
+    for shard, key in enumerate(keys):
+        indices = range(shard * scans_per_shard, min((shard + 1) * scans_per_shard, scans))
+        if key not in present:
+            store.write(key, _tar(_members(indices, seed, size_px, range(shard, bad_files, shards))))
         wrote(len(indices))
-    return PhantomArchive(tuple(keys), scans, dict(sorted(counts.items())))
+    kinds = Counter(BAD_KINDS[number % len(BAD_KINDS)] for number in range(bad_files))
+    return PhantomArchive(tuple(keys), scans, dict(sorted(kinds.items())))
+
+
+def _members(indices: range, seed: int, size_px: int, bad: range) -> list[tuple[str, bytes]]:
+    good = [member(seed, index, size_px) for index in indices]
+    members = list(good)
+    for number in bad:
+        members.insert(min(5 * number + 3, len(members)), _bad_file(number, good[number % len(good)], seed))
+    return members
 
 
 def member(seed: int, index: int, size_px: int) -> tuple[str, bytes]:
@@ -167,17 +175,18 @@ def _part10(dataset: Dataset, syntax: UID) -> bytes:
     return buffer.getvalue()
 
 
-def _bad_file(number: int, good: tuple[str, bytes], seed: int) -> tuple[str, tuple[str, bytes]]:
-    """A kind of bad file and the file, the kinds taken in turn."""
-    kinds: tuple[tuple[str, Callable[[], bytes]], ...] = (
-        ("truncated", lambda: good[1][: len(good[1]) * 2 // 3]),
-        ("not DICOM", lambda: b"FAKE reading list of the FAKE ward\n" * 40),
-        ("duplicate", lambda: good[1]),
-        ("burned-in text", lambda: _burned_in(number, seed)),
-        ("empty", lambda: b""),
-    )
-    kind, content = kinds[number % len(kinds)]
-    return kind, (f"FAKE-BAD/{kind.replace(' ', '-')}-{number:04d}.dcm", content())
+def _bad_file(number: int, good: tuple[str, bytes], seed: int) -> tuple[str, bytes]:
+    kind = BAD_KINDS[number % len(BAD_KINDS)]
+    content = b""
+    if kind == "truncated":
+        content = good[1][: len(good[1]) * 2 // 3]
+    elif kind == "not DICOM":
+        content = b"FAKE reading list of the FAKE ward\n" * 40
+    elif kind == "duplicate":
+        content = good[1]
+    elif kind == "burned-in text":
+        content = _burned_in(number, seed)
+    return f"FAKE-BAD/{kind.replace(' ', '-')}-{number:04d}.dcm", content
 
 
 def _burned_in(number: int, seed: int) -> bytes:
