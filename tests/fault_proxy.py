@@ -55,6 +55,7 @@ class FaultProxy:
         self._port = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._serving: set[asyncio.Task[None] | None] = set()
         self.injected: list[str] = []
 
     @property
@@ -91,6 +92,8 @@ class FaultProxy:
         return None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # The event loop holds tasks weakly: without this one, a handler can be collected while it waits.
+        self._serving.add(task := asyncio.current_task())
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
@@ -104,6 +107,7 @@ class FaultProxy:
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
+            self._serving.discard(task)
             writer.close()
 
     async def _forward(
