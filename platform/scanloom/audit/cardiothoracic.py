@@ -75,8 +75,10 @@ class Probe:
 
     def borders(self, pixels: Pixels) -> Borders | None:
         """Where the borders are, or None when the picture is no frontal chest that the probe can read."""
-        features = _features(_standard(pixels)[None])[0]
-        if _distances((features - self.centre)[None], self.basis)[0] > self.limit:
+        picture = _standard(pixels)
+        features = _features(picture[None])[0]
+        # An even picture has nothing to measure, and no contrast that could be normalised.
+        if np.ptp(picture) == 0 or _distances((features - self.centre)[None], self.basis)[0] > self.limit:
             return None
         found = Borders(*(float(x) for x in features @ self.weights[:-1] + self.weights[-1]))
         return found if found.plausible else None
@@ -109,8 +111,8 @@ def fit_probe(seed: int = 0, scans: int = 1200) -> Probe:
     )
     offset = borders.mean(axis=0) - centre @ slopes
     basis = np.linalg.eigh(gram)[1][:, -_COMPONENTS:]
-    # Generated pictures may be half as odd again as the oddest phantom.
-    limit = 1.5 * float(_distances(features - centre, basis).max())
+    # The pictures of a generator early in its training are up to half as odd again as the oddest phantom.
+    limit = 2.0 * float(_distances(features - centre, basis).max())
     weights = np.vstack([slopes, offset])
     return Probe(weights, centre, basis, limit, _held_out(weights, seed, scans // 3))
 
