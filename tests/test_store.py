@@ -190,6 +190,11 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
         Store(str(tmp_path / "file" / "out")).require_writable()
 
 
+def test_a_place_where_no_folder_can_be_made_is_named() -> None:
+    with pytest.raises(StoreError, match=r"^/proc/out: cannot be created there"):
+        Store("/proc/out").require_writable()
+
+
 def test_a_local_file_has_no_presigned_url(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no presigned URL"):
         Store(str(tmp_path)).presign("x", 60)
@@ -239,7 +244,7 @@ def test_a_missing_bucket_is_named_by_every_operation(s3: EmbeddedS3) -> None:
 def test_refused_writes_are_found_before_work_starts(store_uri: str, proxy: FaultProxy) -> None:
     proxy.inject("403", method="PUT")
     Store(store_uri).require_bucket()
-    with pytest.raises(StoreError, match=r"may not do this \(PutObject: AccessDenied\)"):
+    with pytest.raises(StoreError, match=rf"^{store_uri}: these credentials may not do this \(PutObject: AccessDenied"):
         Store(store_uri).require_writable()
 
 

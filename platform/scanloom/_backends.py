@@ -143,7 +143,10 @@ class Folder:
     @contextmanager
     def _half_written(self, key: str) -> Iterator[tuple[Path, Path]]:
         target = self.root / key
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            raise StoreError(f"{target.parent}: cannot be created there; choose another folder") from error
         half = target.parent / f"{HIDDEN}{uuid.uuid4().hex}"
         try:
             yield half, target

@@ -79,6 +79,9 @@ class Store:
                     f"{self.uri}: ignores If-None-Match, so that two writers could commit one shard twice; "
                     "use a bucket without versioning or another store"
                 )
+        except StoreError as error:
+            # The user knows the store, not the probe.
+            raise StoreError(str(error).replace(f"/{probe}", "", 1), retryable=error.retryable) from error
         finally:
             # A store may grant writing and refuse deletion; nothing here needs deletion.
             with suppress(StoreError):
