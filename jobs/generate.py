@@ -26,6 +26,8 @@ from scanloom.shards.commit import ShardCommit, begin, committed
 from scanloom.store import Store
 
 CPUS_PER_WRITER = 1
+# Engines may die while they start, too (a lost node, a kill); Ray Data's default ends the job at the first.
+ENGINE_START_DEATHS = 5
 
 
 def generate(recipe: Recipe) -> None:
@@ -57,6 +59,7 @@ def _make(
         return done
     with connected():
         _require_room(section)
+        ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = ENGINE_START_DEATHS
         shards: ray.data.Dataset = ray.data.from_items(
             [{"shard": shard, "rows": rows_to_bytes(plan.rows(shard))} for shard in missing],
             override_num_blocks=len(missing),
@@ -135,4 +138,4 @@ def _report(dataset: Artefact, made: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_recipe(generate, "generate", __doc__, None))
+    raise SystemExit(run_recipe(generate, "generate", __doc__ or "", None))

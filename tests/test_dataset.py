@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydicom import dcmread
 
-from scanloom.artefact import Artefact, lineage, publish
-from scanloom.attributes import AttributeSchema
+from scanloom.artefact import Artefact, FileEntry, lineage, publish
+from scanloom.attributes import AttributeSchema, Value
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import Dicom, Generate
 from scanloom.sampling.dataset import describe_instance, rows_from_bytes, rows_to_bytes, shard_parts, write_shard
@@ -50,7 +50,8 @@ def made(generator: Artefact, plan: Plan, shard: int) -> dict[str, Any]:
 def dataset_at(store: Store, generator: Artefact, plan: Plan) -> Artefact:
     begin(store, "dataset", plan.digest)
     engine = ShardEngine(plan.spec, generator.uri, "cpu", 1)
-    files, environments = [], []
+    files: list[FileEntry] = []
+    environments = []
     for shard in range(plan.shards):
         pixels = engine({"shard": shard, "rows": rows_to_bytes(plan.rows(shard))})
         environments.append(pixels["environment"])
@@ -105,7 +106,7 @@ def test_dicom_says_what_was_asked_for_by_name_or_by_keyword(names: tuple[str, .
     for declaration, name in zip(schema["declarations"], names, strict=True):
         declaration["name"] = name
     spec = plan_of("a" * 64).spec.model_copy(update={"attributes": AttributeSchema.model_validate(schema)})
-    asked = dict(zip(names, ("F", 63.0, "PA", ("Effusion",)), strict=True))
+    asked: dict[str, Value] = dict(zip(names, ("F", 63.0, "PA", ("Effusion",)), strict=True))
     told = describe_instance(spec, "0" * 16, asked)
     assert (told.sex, told.age_years, told.view, told.findings) == ("F", 63.0, "PA", ("Effusion",))
     nothing = describe_instance(spec, "0" * 16, dict.fromkeys(names))
@@ -136,7 +137,7 @@ def test_images_of_different_attributes_and_noise_differ(generator: Artefact) ->
 
 def test_an_engine_for_another_generator_is_refused(generator: Artefact) -> None:
     with pytest.raises(ArtefactError, match="the plan is for"):
-        ShardEngine(plan_of("f" * 64).spec, generator.uri, "cpu", 1)
+        made(generator, plan_of("f" * 64), 0)
 
 
 def test_any_image_is_made_again_from_its_row_alone(generator: Artefact, tmp_path: Path) -> None:

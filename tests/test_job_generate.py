@@ -1,0 +1,221 @@
+"""The generate job on a local Ray and the embedded S3: a dataset as its readers find it, once, whatever happens."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+from pydicom import dcmread
+from pydicom.filebase import DicomBytesIO
+
+from jobs.generate import generate
+from scanloom.artefact import Artefact, open_artefact
+from scanloom.console import root_cause
+from scanloom.dicom.checks import dciodvfy, violations
+from scanloom.errors import ArtefactError, RecipeError, StoreError
+from scanloom.recipe import Recipe
+from scanloom.sampling.production import regenerate
+from scanloom.shards.reader import read_file, rows
+from scanloom.shards.writer import png_pixels
+from scanloom.store import Store
+from tests.processes import kill, named
+from tests.tiny_generator import ATTRIBUTES, publish_generator
+
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+IMAGES, PER_SHARD = 22, 8
+
+
+def recipe_for(store_uri: str, **changes: Any) -> Recipe:
+    section = {"images": IMAGES, "images_per_shard": PER_SHARD, "slots": 4, "steps": 2, "bits_stored": 12}
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "store": store_uri,
+            "attributes": [a.model_dump() for a in ATTRIBUTES],
+            "generate": section | changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def module_store(bucket: str) -> str:
+    return f"s3://{bucket}/generate-{os.getpid()}"
+
+
+@pytest.fixture(scope="module")
+def dataset(ray_cluster: None, module_store: str) -> Artefact:
+    publish_generator(f"{module_store}/generator")
+    generate(recipe_for(module_store))
+    return open_artefact(f"{module_store}/dataset", "dataset")
+
+
+@pytest.fixture(scope="module")
+def local(dataset: Artefact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    dataset.fetch(folder)
+    return folder
+
+
+def test_a_dataset_holds_every_planned_image_once(dataset: Artefact) -> None:
+    indices = sorted(row["index"] for row in rows(dataset, "images", ["index"]))
+    assert indices == list(range(IMAGES))
+    assert dataset.manifest.statistics["rows"] == IMAGES
+    assert sum(cell["made"] for cell in dataset.manifest.statistics["cells"]) == IMAGES
+    assert all(cell["made"] == cell["requested"] for cell in dataset.manifest.statistics["cells"])
+    assert dataset.manifest.statistics["gate"] == "ungated"
+    assert [(entry.role, entry.kind) for entry in dataset.manifest.inputs] == [("generator", "generator")]
+
+
+def test_pandas_opens_the_parquet_shards(dataset: Artefact, local: Path) -> None:
+    frame = pd.read_parquet(local / "images")
+    assert len(frame) == IMAGES
+    assert frame["id"].is_unique
+    assert frame["sop_instance_uid"].is_unique
+    assert set(frame["generator"]) == {dataset.manifest.inputs[0].digest}
+
+
+def test_duckdb_queries_the_parquet_shards(local: Path) -> None:
+    query = f"select sex, count(*) from read_parquet('{local}/images/*.parquet') group by sex order by sex"
+    with duckdb.connect() as connection:
+        found = connection.execute(query).fetchall()
+    assert dict(found) == {"F": 11, "M": 11}
+
+
+def test_datasets_decodes_the_images(local: Path, tmp_path: Path) -> None:
+    import datasets
+
+    files = [str(path) for path in sorted((local / "images").glob("*.parquet"))]
+    opened = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+    assert len(opened) == IMAGES
+    raw = pd.read_parquet(local / "images").set_index("id")["image"]
+    for row in opened:
+        np.testing.assert_array_equal(np.asarray(row["image"]), png_pixels(raw[row["id"]]["bytes"]))
+
+
+def test_a_range_request_fetches_the_dicom_file_of_a_row_with_the_same_pixels(dataset: Artefact) -> None:
+    for row in rows(dataset, "images"):
+        data = dataset.store.read_range(row["dicom_shard"], row["dicom_offset"], row["dicom_length"])
+        file = dcmread(DicomBytesIO(data))
+        assert file.SOPInstanceUID == row["sop_instance_uid"]
+        np.testing.assert_array_equal(file.pixel_array, png_pixels(row["image"]["bytes"]))
+
+
+def test_every_dicom_file_passes_dciodvfy_and_our_own_rules(dataset: Artefact) -> None:
+    for row in rows(dataset, "images", ["dicom_shard", "dicom_offset", "dicom_length"]):
+        data = dataset.store.read_range(row["dicom_shard"], row["dicom_offset"], row["dicom_length"])
+        assert dciodvfy(data).errors == ()
+        assert violations(dcmread(DicomBytesIO(data))) == []
+
+
+def test_any_image_comes_again_from_its_row(dataset: Artefact) -> None:
+    wanted = [row["id"] for row in rows(dataset, "images", ["id"])][::9]
+    for image_id in wanted:
+        made, stored = regenerate(dataset.uri, image_id)
+        np.testing.assert_array_equal(made, stored)
+
+
+def test_every_file_is_what_the_manifest_says(dataset: Artefact) -> None:
+    for entry in dataset.manifest.files:
+        read_file(dataset.store, entry)
+
+
+def test_a_finished_dataset_is_left_alone(
+    dataset: Artefact, module_store: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {(o.key, o.modified) for o in dataset.store.list()}
+    with caplog.at_level("INFO", logger="scanloom"):
+        generate(recipe_for(module_store))
+    assert "finished before" in caplog.text
+    assert {(o.key, o.modified) for o in dataset.store.list()} == before
+    assert dataset.digest[:12] in capsys.readouterr().out
+
+
+def test_the_same_recipe_elsewhere_gives_the_same_dataset(dataset: Artefact, ray_cluster: None, tmp_path: Path) -> None:
+    publish_generator(str(tmp_path / "generator"))
+    generate(recipe_for(str(tmp_path), writers=1))
+    again = open_artefact(str(tmp_path / "dataset"), "dataset")
+    assert again.manifest.statistics["plan"] == dataset.manifest.statistics["plan"]
+    # Paths hold hashes: ids, UIDs and pixels are equal, byte for byte.
+    assert again.manifest.files == dataset.manifest.files
+    assert again.digest == dataset.digest
+
+
+def test_another_plan_does_not_enter_the_folder(dataset: Artefact, module_store: str) -> None:
+    before = [o.key for o in dataset.store.list()]
+    with pytest.raises(ArtefactError, match="another plan"):
+        generate(recipe_for(module_store, seed=1))
+    assert [o.key for o in dataset.store.list()] == before
+
+
+def test_a_cohort_outside_the_envelope_starts_nothing(dataset: Artefact, module_store: str) -> None:
+    cohort = {"kind": "cells", "cells": [{"age": 95, "share": 1}]}
+    with pytest.raises(ArtefactError, match="trained on 21 to 88"):
+        generate(recipe_for(module_store, dataset="too-old", cohort=cohort))
+    assert Store(f"{module_store}/too-old").list() == []
+
+
+def test_a_missing_generator_is_named(ray_cluster: None, store_uri: str) -> None:
+    with pytest.raises(ArtefactError, match="generator"):
+        generate(recipe_for(store_uri))
+
+
+def test_a_missing_bucket_is_named(ray_cluster: None) -> None:
+    with pytest.raises(StoreError, match="no-such-bucket"):
+        generate(recipe_for("s3://no-such-bucket/x"))
+
+
+def test_more_engines_than_the_machine_holds_are_refused(dataset: Artefact, module_store: str) -> None:
+    with pytest.raises(RecipeError, match=r"generate\.engines"):
+        generate(recipe_for(module_store, dataset="crowded", engines=64))
+
+
+def test_a_damaged_generator_is_one_clear_error(ray_cluster: None, store_uri: str) -> None:
+    generator = publish_generator(f"{store_uri}/generator")
+    path = next(f.path for f in generator.manifest.files if f.path.startswith("unet/") and "safetensors" in f.path)
+    data = bytearray(generator.store.read(path))
+    data[-1] ^= 1
+    generator.store.write(path, bytes(data))
+    with pytest.raises(Exception) as caught:
+        generate(recipe_for(store_uri))
+    cause = root_cause(caught.value)
+    assert isinstance(cause, ArtefactError)
+    assert path in str(cause)
+
+
+def test_killed_ray_workers_lose_and_repeat_nothing(dataset: Artefact, store_uri: str) -> None:
+    publish_generator(f"{store_uri}/generator")
+    with _killer(store_uri) as kills:
+        generate(recipe_for(store_uri))
+    assert kills
+    again = open_artefact(f"{store_uri}/dataset", "dataset")
+    assert again.digest == dataset.digest
+
+
+class _killer:  # noqa: N801
+    """Kills an engine when the first shard is committed, and a writer process after the second."""
+
+    def __init__(self, store_uri: str) -> None:
+        self._commits = Store(f"{store_uri}/dataset/commits")
+        self._over = Event()
+        self.kills: list[str] = []
+        self._thread = Thread(target=self._run)
+
+    def __enter__(self) -> list[str]:
+        self._thread.start()
+        return self.kills
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        for commits, name in ((1, "ShardEngine"), (2, "write_shard")):
+            while len(self._commits.list()) < commits and not self._over.is_set():
+                self._over.wait(0.01)
+            self.kills += [name for process in named(os.getpid(), name) if kill(process)]
