@@ -320,11 +320,14 @@ class Generate(Section):
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     guidance_scale: Annotated[float, Field(ge=1.0, le=30.0)] = 2.0
     slots: Count = 32
+    """Rows of the denoiser's batch: a guided image takes two, one with guidance_scale 1 takes one."""
     images_per_shard: Count = 64
+    """Best a multiple of the images that share a batch, so that no slot idles at the end of a shard."""
     bits_stored: Literal[8, 12, 16] = 8
     dicom: Dicom = Dicom()
     engines: Count = 1
     cpus_per_engine: Count = 1
+    """Threads of an engine. With one, an image's bits on CPU never depend on its batch; more engines scale as well."""
     gpus_per_engine: Annotated[float, Field(ge=0)] = 0
     writers: Count = 1
 
