@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import tarfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,6 +133,15 @@ def test_only_old_data_that_no_commit_names_is_an_orphan(store: Store) -> None:
     assert clean_orphans(store, grace_s=-60) == [lost]
     assert {o.key for o in store.list("train")} == {commit.files["train"].path}
     assert store.exists("contact-sheet.png")
+
+
+def test_what_a_killed_writer_left_half_written_is_cleaned_an_hour_later(store: Store) -> None:
+    begin(store, "corpus", PLAN)
+    for name, age_s in (("train/.scanloom-dead", 4000), ("train/.scanloom-alive", 10)):
+        store.write(name, b"half")
+        os.utime(store.path(name), (time.time() - age_s,) * 2)
+    assert clean_orphans(store, grace_s=0) == ["train/.scanloom-dead"]
+    assert [o.key for o in store.remnants()] == ["train/.scanloom-alive"]
 
 
 def _attempts(store: Store, shards: int) -> Iterator[int]:

@@ -12,7 +12,7 @@ import io
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -141,9 +141,11 @@ class Store:
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         """Every object below the folder `prefix`, sorted by key, keys relative to the store."""
-        found = self._backend.list(_checked(prefix.rstrip("/")))
-        # Servers differ in order (SeaweedFS lists `a/b` before `a-b/x`).
-        return sorted((o for o in found if not _hidden(o.key)), key=lambda o: o.key)
+        return [o for o in self._everything(prefix) if not _hidden(o.key)]
+
+    def remnants(self) -> tuple[ObjectInfo, ...]:
+        """Half-written files and probes of processes that were killed; those of living ones are among them."""
+        return tuple(o for o in self._everything("") if _hidden(o.key))
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete these objects; one that is not there is no error."""
@@ -191,6 +193,10 @@ class Store:
     def presign(self, key: str, expires_s: int) -> str:
         """A URL that reads this object without credentials for `expires_s` seconds. S3 only."""
         return self._backend.presign(_checked(key), expires_s)
+
+    def _everything(self, prefix: str) -> Sequence[ObjectInfo]:
+        # Servers differ in order (SeaweedFS lists `a/b` before `a-b/x`).
+        return sorted(self._backend.list(_checked(prefix.rstrip("/"))), key=lambda o: o.key)
 
     @property
     def _backend(self) -> Folder | Bucket:

@@ -23,6 +23,7 @@ from scanloom.errors import ArtefactError
 from scanloom.store import Store
 
 _READERS = 16
+_LONGEST_WRITE_S = 3600.0
 _DATA_KEY = re.compile(r".*/shard-\d{6,}-[0-9a-f]{12}\.[a-z]+")
 _COMMIT_KEY = re.compile(rf"{COMMITS}/shard-(\d{{6,}})\.json")
 
@@ -134,13 +135,15 @@ def committed(store: Store, plan_digest: str) -> dict[int, ShardCommit]:
 def orphans(store: Store, grace_s: float) -> list[str]:
     """Data objects that no commit names and that are older than `grace_s`: left behind by attempts that lost or died.
 
-    A writer that is still between its upload and its commit is protected by the grace period alone.
+    A writer that is still between its upload and its commit is protected by the grace period alone. Files that a
+    killed process left half-written count too, when nobody can be writing them any more.
     """
     # The listing comes first: what is committed after it can only take keys off the result, not put any on.
     old = [o.key for o in store.list() if _DATA_KEY.fullmatch(o.key) and o.modified < time.time() - grace_s]
     commits = committed(store, _claim(store)["plan"]).values()
     wanted = {file.path for commit in commits for file in commit.files.values()}
-    return [key for key in old if key not in wanted]
+    half_written = [o.key for o in store.remnants() if o.modified < time.time() - max(grace_s, _LONGEST_WRITE_S)]
+    return [key for key in old if key not in wanted] + half_written
 
 
 def clean_orphans(store: Store, grace_s: float) -> list[str]:
