@@ -46,6 +46,7 @@ from scanloom.shards.reader import read_parquet, rows
 from scanloom.shards.writer import png_pixels
 from scanloom.store import Store
 from tests.made_dicom import CANARY, KEY, UID_ROOT, file, radiograph, tar
+from tests.processes import kill, named
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "jobs" / "recipes" / "nih-cxr.yaml"
@@ -369,11 +370,7 @@ def test_a_driver_killed_between_two_units_is_resumed_to_the_same_corpus(ray_clu
     driver = start(args, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
     try:
         shards = tmp_path / "killed" / "corpus" / STAGING / "commits"
-        deadline = time.monotonic() + 120
-        while not (shards.is_dir() and any(shards.iterdir())):
-            assert driver.poll() is None, driver.stderr.read().decode() if driver.stderr else ""
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        await_objects(shards, 1, driver)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.communicate()
@@ -391,31 +388,63 @@ def test_a_driver_killed_between_two_units_is_resumed_to_the_same_corpus(ray_clu
     assert [problem for problem in verify(killed) if problem.fault != "extra"] == []
 
 
+@pytest.fixture(scope="module")
+def undisturbed(nih_dicom: Path, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    """The corpus of the real DICOM shards, made by a driver that nobody disturbs."""
+    store = tmp_path_factory.mktemp("undisturbed")
+    finish(start(arguments(store, nih_dicom)))
+    return open_artefact(str(store / "corpus"))
+
+
+def finish(driver: subprocess.Popen[bytes]) -> None:
+    _, said = driver.communicate(timeout=300)
+    assert driver.returncode == 0, said.decode()
+
+
+def await_objects(folder: Path, count: int, driver: subprocess.Popen[bytes]) -> None:
+    """Wait until the folder holds so many objects."""
+    while len(list(folder.glob("*.json"))) < count:
+        assert driver.poll() is None, driver.stderr.read().decode() if driver.stderr else ""
+        time.sleep(0.005)
+
+
+def same(store: Path, undisturbed: Artefact) -> bool:
+    corpus = open_artefact(str(store / "corpus"))
+    assert list(verify(corpus)) == []
+    return corpus.digest == undisturbed.digest and scans_of(corpus) == scans_of(undisturbed)
+
+
 @pytest.mark.slow
-def test_drivers_killed_at_random_moments_leave_the_same_corpus(nih_dicom: Path, tmp_path: Path) -> None:
-    """Each run has a Ray of its own, whose processes die with the driver."""
-    whole = start(arguments(tmp_path / "whole", nih_dicom))
-    assert whole.wait(300) == 0
-    undisturbed = open_artefact(str(tmp_path / "whole" / "corpus"))
-    chance = random.Random(2)
-    kills = 0
-    for trial in range(6):
-        args = arguments(tmp_path / f"out{trial}", nih_dicom)
-        for moment in (chance.uniform(6, 14), chance.uniform(6, 14)):
-            driver = start(args)
-            try:
-                driver.wait(moment)
-            except subprocess.TimeoutExpired:
-                driver.kill()
-                kills += 1
-            driver.communicate()
-        last = start(args)
-        assert last.wait(300) == 0
-        corpus = open_artefact(str(tmp_path / f"out{trial}" / "corpus"))
-        assert corpus.digest == undisturbed.digest
-        assert scans_of(corpus) == scans_of(undisturbed)
-        assert list(verify(corpus)) == []
-    assert kills >= 6
+@pytest.mark.parametrize("trial", range(5))
+def test_drivers_killed_while_they_stage_and_while_they_commit_leave_the_same_corpus(
+    trial: int, nih_dicom: Path, tmp_path: Path, undisturbed: Artefact
+) -> None:
+    """Each driver has a Ray of its own, whose processes die with it."""
+    chance = random.Random(trial)
+    moments = [(tmp_path / "corpus" / STAGING / "commits", chance.randint(1, 7))]
+    moments.append((tmp_path / "corpus" / "commits", chance.randint(1, 6)))
+    for folder, count in moments:
+        driver = start(arguments(tmp_path, nih_dicom))
+        await_objects(folder, count, driver)
+        driver.kill()
+        driver.communicate()
+        with pytest.raises(ArtefactError, match="unfinished"):
+            open_artefact(str(tmp_path / "corpus"))
+    finish(start(arguments(tmp_path, nih_dicom)))
+    assert same(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_workers_killed_while_they_read_cost_nothing(nih_dicom: Path, tmp_path: Path, undisturbed: Artefact) -> None:
+    driver = start(arguments(tmp_path, nih_dicom))
+    killed = 0
+    while driver.poll() is None and killed < 3:
+        working = named(driver.pid, "stage_unit")
+        killed += sum(kill(process) for process in working[:1])
+        time.sleep(1.0 if working else 0.05)
+    finish(driver)
+    assert killed == 3
+    assert same(tmp_path, undisturbed)
 
 
 # --- real scans -----------------------------------------------------------------------------------------------
