@@ -18,6 +18,7 @@ import yaml
 from jobs.generate import generate
 from scanloom.artefact import Artefact, open_artefact
 from scanloom.recipe import load_recipe
+from scanloom.shards.commit import orphans
 from scanloom.shards.reader import read_file, rows
 from scanloom.store import Store
 from tests.processes import kill, named
@@ -112,6 +113,7 @@ def require_equal(made: Artefact, undisturbed: Artefact) -> None:
     assert made.manifest.files == undisturbed.manifest.files
     for entry in made.manifest.files:
         read_file(made.store, entry)
+    assert orphans(made.store, grace_s=0.0) == []
 
 
 @pytest.fixture(scope="module")
