@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -163,6 +164,28 @@ def test_attributes_that_differ_from_the_corpus_are_refused_before_anything_star
     tree["attributes"] = tree["attributes"][:2]
     with pytest.raises(ArtefactError, match="declares sex, age"):
         finetune(parse_recipe(tree, "test"))
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_from_its_checkpoint_and_ends_in_the_same_weights(
+    generator: Artefact, beside: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe(beside).model_dump(mode="json", exclude_none=True)))
+    command = [sys.executable, "-m", "jobs.finetune", str(file), "--set=finetune.log_every_steps=1"]
+    driver = subprocess.Popen(command, start_new_session=True)
+    try:
+        while not list(Path(beside).glob("runs/*/checkpoint_*")):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                driver.wait(timeout=0.2)
+                pytest.fail("the driver ended before its first checkpoint")
+    finally:
+        driver.kill()
+        driver.wait()
+    with pytest.raises(ArtefactError, match="unfinished"):
+        open_artefact(f"{beside}/generator")
+    finetune(recipe(beside))
+    assert open_artefact(f"{beside}/generator").digest == generator.digest
 
 
 @pytest.mark.slow
