@@ -46,7 +46,7 @@ def store_uri(bucket: str) -> str:
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3: EmbeddedS3) -> Iterator[None]:
-    """One local Ray with two CPUs and, as jobs.cluster has it, two more for I/O, whose workers know the S3 server and the tests' pseudonym key."""
+    """One local Ray of two CPUs, and two for I/O as jobs have; its workers know the S3 server and a key."""
     import ray
 
     os.environ["SCANLOOM_PSEUDONYM_KEY"] = "0123456789abcdef" * 4

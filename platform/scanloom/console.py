@@ -106,7 +106,7 @@ def show(content: RenderableType) -> None:
 def log_to_stderr() -> None:
     """One line an event, on standard error."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s", force=True)
-    for noisy in ("botocore", "boto3", "urllib3", "ray", "deepspeed", "DeepSpeed", "dicomanonymizer"):
+    for noisy in ("botocore", "boto3", "urllib3", "ray", "deepspeed", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # What Ray Data says of every run, and its own report of an error that reaches the user by way of `run`.
     for part in ("exceptions", "progress", "execution.streaming_executor", "execution.streaming_executor_state"):
