@@ -52,7 +52,7 @@ class Place:
 
     def run(self) -> None:
         process = self.start()
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=1800)
         assert process.returncode == 0, output[-4000:]
 
     def commits(self) -> int:
@@ -86,7 +86,7 @@ def disturbed(where: Place, victim: str, chance: random.Random) -> None:
     _wait(process, lambda: victim == DRIVER or bool(named(process.pid, victim)))
     target = [process.pid] if victim == DRIVER else named(process.pid, victim)
     where.kills[victim] += process.poll() is None and any(kill(p) for p in target[:1])
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=1800)
     if victim != DRIVER:
         assert process.returncode == 0, output[-4000:]
 
@@ -135,7 +135,7 @@ def test_a_killed_driver_and_a_killed_engine_lose_and_repeat_nothing(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("backend", ["folder", "s3"])
 def test_kills_at_random_points_lose_and_repeat_nothing(
     tmp_path: Path, undisturbed: Artefact, backend: str, request: pytest.FixtureRequest

@@ -120,3 +120,10 @@ def test_a_generator_without_an_envelope_is_refused() -> None:
     statistics = {key: value for key, value in STATISTICS.items() if key != "envelope"}
     with pytest.raises(ArtefactError, match="envelope"):
         specify(Generate(images=1), "tiny", "g" * 64, statistics)
+
+
+def test_a_shard_too_large_to_pass_from_engine_to_writer_is_refused() -> None:
+    statistics = STATISTICS | {"size_px": 1024}
+    assert specify(Generate(images=1, images_per_shard=1024), "tiny", "g" * 64, statistics).images_per_shard == 1024
+    with pytest.raises(RecipeError, match="512 of these images at most"):
+        specify(Generate(images=1, images_per_shard=1024, bits_stored=12), "tiny", "g" * 64, statistics)

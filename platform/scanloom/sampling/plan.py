@@ -22,6 +22,8 @@ from scanloom.recipe import Dicom, Generate
 from scanloom.sampling.cohort import CELL_PREFIX, CohortTables, draw, quotas, resolve
 
 FALLBACK_SPACING_MM = 1.0
+# A shard travels from engine to writer as one Arrow value, which ends at 2 GiB.
+MAX_SHARD_BYTES = 2**30
 
 
 class PlanSpec(BaseModel):
@@ -89,9 +91,12 @@ def specify(section: Generate, name: str, digest: str, statistics: Mapping[str, 
         raise RecipeError(f"generate.images={section.images}: a dataset holds fewer than 2**32; order several")
     if section.guidance_scale > 1.0 and section.slots < 2:
         raise RecipeError("generate.slots=1: a guided image takes two slots; set slots to 2 or more")
-    for key in ("schema", "envelope", "cells"):
+    for key in ("schema", "envelope", "cells", "size_px"):
         if key not in statistics:
             raise ArtefactError(f"generator {name}: its manifest has no {key!r}; finetune it with this version")
+    fitting = MAX_SHARD_BYTES // (statistics["size_px"] ** 2 * (1 if section.bits_stored == 8 else 2))
+    if section.images_per_shard > fitting:
+        raise RecipeError(f"generate.images_per_shard={section.images_per_shard}: {fitting} of these images at most")
     schema = AttributeSchema.model_validate(statistics["schema"])
     envelope = Envelope.model_validate(statistics["envelope"])
     settings = section.model_dump(include=set(PlanSpec.model_fields) - {"cohort", "dicom"})
