@@ -19,9 +19,8 @@ from scanloom import console
 from scanloom.artefact import Artefact, find_artefact, lineage, open_artefact, publish
 from scanloom.errors import RecipeError
 from scanloom.recipe import Generate, Recipe
-from scanloom.sampling.dataset import rows_to_bytes, write_shard
+from scanloom.sampling.dataset import EngineActor, rows_to_bytes, write_shard
 from scanloom.sampling.plan import PlanSpec, achieved, compile_plan, specify
-from scanloom.sampling.production import ShardEngine
 from scanloom.shards.commit import ShardCommit, begin, committed
 from scanloom.store import Store
 
@@ -64,7 +63,7 @@ def _make(
             [{"shard": shard, "rows": rows_to_bytes(plan.rows(shard))} for shard in missing],
             override_num_blocks=len(missing),
         )
-        engine: Any = ShardEngine  # Ray's annotation of `map` leaves out the classes that it takes
+        engine: Any = EngineActor  # Ray's annotation of `map` leaves out the classes that it takes
         written = shards.map(
             engine,
             fn_constructor_args=(

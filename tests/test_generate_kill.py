@@ -28,7 +28,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[1]
 SHARDS, PER_SHARD, STEPS = 10, 3, 40
 TRIALS = 12
-DRIVER, ENGINE, WRITER = "driver", "ShardEngine", "write_shard"
+DRIVER, ENGINE, WRITER = "driver", "EngineActor", "write_shard"
 
 
 @dataclass

@@ -6,7 +6,8 @@ starts fast and stays small.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,26 @@ IMAGES, DICOM = "images", "dicom"
 """Folder of the dataset and role in the commits of each kind of shard."""
 
 _KEYWORDS = (("sex", "PatientSex"), ("age", "PatientAge"), ("view", "ViewPosition"))
+
+
+class EngineActor:
+    """The engine of one generation actor; loaded by its first call, not on construction.
+
+    So the driver starts without importing torch, and what is wrong with a generator is an error of that call, which
+    ends a job at once and by name, while an actor that merely died while it started is started again.
+    """
+
+    def __init__(self, spec: PlanSpec, generator_uri: str, device: str, threads: int) -> None:
+        self._arguments = (spec, generator_uri, device, threads)
+
+    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+        return self._engine(shard)
+
+    @cached_property
+    def _engine(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        from scanloom.sampling.production import ShardEngine
+
+        return ShardEngine(*self._arguments)
 
 
 def write_shard(shard: dict[str, Any], spec: PlanSpec, store: Store) -> dict[str, Any]:

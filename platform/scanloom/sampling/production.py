@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,52 +24,38 @@ from scanloom.shards.writer import png_pixels
 
 
 class ShardEngine:
-    """Makes the pixels of one shard a call; a plain class, wrapped by Ray Data at its place of use.
-
-    The generator is loaded by the first call, not on construction: what is wrong with it is then that call's error,
-    which ends a job at once and by name, while an actor that merely died while it started is started again.
-    """
+    """Makes the pixels of one shard a call. Raises ArtefactError where the generator is damaged or not the plan's."""
 
     def __init__(self, spec: PlanSpec, generator_uri: str, device: str, threads: int) -> None:
+        fix_arithmetic(threads)
+        generator = load_generator(generator_uri, device)
+        if generator.digest != spec.generator:
+            raise ArtefactError(
+                f"{generator_uri}: is generator {generator.digest[:12]}, the plan is for {spec.generator[:12]}; "
+                "restore that one"
+            )
         self._spec = spec
-        self._generator_uri = generator_uri
-        self._device = device
-        self._threads = threads
+        self._engine = Engine(generator, spec.slots, spec.solver)
+        invariant = is_batch_invariant(generator, spec.slots)
+        self._environment = environment(device) | {"batch_invariant": invariant}
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """Of `shard` (int) and `rows` (plan rows as Arrow IPC): these, pixels [N, H, W] as bytes, and how it went.
-
-        Raises ArtefactError where the generator is damaged or not the plan's.
-        """
-        engine, environment = self._loaded
-        rows = rows_from_bytes(shard["rows"])
+        """Of `shard` (int) and `rows` (plan rows as Arrow IPC): these, pixels [N, H, W] as bytes, and how it went."""
         started = time.monotonic()
-        pixels = self._pixels(engine, rows)
+        rows = rows_from_bytes(shard["rows"])
+        pixels = self._pixels(rows)
         return shard | {
             "pixels": pixels.tobytes(),
             "height": pixels.shape[1],
             "width": pixels.shape[2],
             "engine_s": time.monotonic() - started,
-            "environment": environment,
+            "environment": self._environment,
         }
 
-    @cached_property
-    def _loaded(self) -> tuple[Engine, dict[str, Any]]:
-        fix_arithmetic(self._threads)
-        generator = load_generator(self._generator_uri, self._device)
-        if generator.digest != self._spec.generator:
-            raise ArtefactError(
-                f"{self._generator_uri}: is generator {generator.digest[:12]}, "
-                f"the plan is for {self._spec.generator[:12]}; restore that one"
-            )
-        invariant = is_batch_invariant(generator, self._spec.slots)
-        engine = Engine(generator, self._spec.slots, self._spec.solver)
-        return engine, environment(self._device) | {"batch_invariant": invariant}
-
-    def _pixels(self, engine: Engine, rows: pa.Table) -> Pixels:
+    def _pixels(self, rows: pa.Table) -> Pixels:
         wanted = [request(self._spec, row) for row in rows.to_pylist()]
         place = {r.index: n for n, r in enumerate(wanted)}
-        made = {place[f.request.index]: quantise(f.image, self._spec.bits_stored) for f in engine.run(wanted)}
+        made = {place[f.request.index]: quantise(f.image, self._spec.bits_stored) for f in self._engine.run(wanted)}
         return np.stack([made[n] for n in range(len(wanted))])
 
 
