@@ -415,7 +415,7 @@ def same(store: Path, undisturbed: Artefact) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trial", range(5))
+@pytest.mark.parametrize("trial", range(3))
 def test_drivers_killed_while_they_stage_and_while_they_commit_leave_the_same_corpus(
     trial: int, nih_dicom: Path, tmp_path: Path, undisturbed: Artefact
 ) -> None:
