@@ -14,7 +14,7 @@ import ray.data
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from jobs.cluster import connected, run_recipe
+from jobs.cluster import connected, interruptible, run_recipe
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, lineage, open_artefact, plan_digest, publish
 from scanloom.models.autoencoder import load_autoencoder
@@ -38,12 +38,17 @@ def encode(recipe: Recipe) -> None:
     with connected():
         autoencoder = _autoencoder(recipe, corpus)
         latents = _latents(recipe, corpus, autoencoder)
+    psnr_db = autoencoder.manifest.statistics.get("psnr_db")
     rows = [
-        (a.manifest.kind, a.uri, a.manifest.statistics.get("rows", ""), a.digest[:12], _quality(a))
-        for a in (autoencoder, latents)
+        (
+            "autoencoder",
+            autoencoder.uri,
+            f"held-out PSNR {psnr_db:.1f} dB" if psnr_db else "given",
+            autoencoder.digest[:12],
+        ),
+        ("latents", latents.uri, f"{latents.manifest.statistics['rows']} scans", latents.digest[:12]),
     ]
-    seconds = time.monotonic() - started
-    console.result_table(f"encode: {seconds:.0f} s", ("what", "where", "scans", "digest", "quality"), rows)
+    console.result_table(f"encode: {time.monotonic() - started:.0f} s", ("what", "where", "made", "digest"), rows)
 
 
 def _autoencoder(recipe: Recipe, corpus: Artefact) -> Artefact:
@@ -105,7 +110,7 @@ def _train(recipe: Recipe, corpus: Artefact, plan: str) -> dict[str, Any]:
                 checkpoint_config=CheckpointConfig(num_to_keep=1), callbacks=[reports],
             ),
         )  # fmt: skip
-        result = trainer.fit()
+        result = interruptible(trainer.fit)
     return dict(result.metrics or {})
 
 
@@ -144,11 +149,6 @@ def _latents(recipe: Recipe, corpus: Artefact, autoencoder: Artefact) -> Artefac
         files=[entry for commit in commits.values() for entry in commit.files.values()],
         statistics={"plan": plan, "rows": sum(c.rows for c in commits.values())} | carried,
     )  # fmt: skip
-
-
-def _quality(artefact: Artefact) -> str:
-    psnr = artefact.manifest.statistics.get("psnr_db")
-    return f"held-out PSNR {psnr:.1f} dB" if psnr else ""
 
 
 if __name__ == "__main__":

@@ -115,6 +115,9 @@ def train_denoiser(config: dict[str, Any]) -> None:
     since, summed = step, torch.zeros((), device=device)
     while step < recipe.steps:
         where = positions(step, recipe.batch_size, rank, workers)
+        for group in engine.optimizer.param_groups:
+            # Set at every step and not by a scheduler object, whose first step after a resume has the initial rate.
+            group["lr"] = recipe.learning_rate * learning_rate_factor(recipe, step)
         summed += _train_step(engine, batches, where, recipe.gradient_accumulation)
         step += 1
         ema.update(engine.module.parameters())
@@ -183,9 +186,6 @@ def _engine(job: FinetuneJob) -> Any:
         model=denoiser,
         model_parameters=list(denoiser.parameters()),
         config=deepspeed_config(job.recipe),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(job.recipe, step)
-        ),
     )
     return engine
 
