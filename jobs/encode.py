@@ -39,13 +39,9 @@ def encode(recipe: Recipe) -> None:
         autoencoder = _autoencoder(recipe, corpus)
         latents = _latents(recipe, corpus, autoencoder)
     psnr_db = autoencoder.manifest.statistics.get("psnr_db")
+    quality = f"held-out PSNR {psnr_db:.1f} dB" if psnr_db else "given"
     rows = [
-        (
-            "autoencoder",
-            autoencoder.uri,
-            f"held-out PSNR {psnr_db:.1f} dB" if psnr_db else "given",
-            autoencoder.digest[:12],
-        ),
+        ("autoencoder", autoencoder.uri, quality, autoencoder.digest[:12]),
         ("latents", latents.uri, f"{latents.manifest.statistics['rows']} scans", latents.digest[:12]),
     ]
     console.result_table(f"encode: {time.monotonic() - started:.0f} s", ("what", "where", "made", "digest"), rows)
