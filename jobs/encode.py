@@ -54,17 +54,14 @@ def _autoencoder(recipe: Recipe, corpus: Artefact) -> Artefact:
     begin(store, "autoencoder", plan)
     if done := find_artefact(store.uri, "autoencoder"):
         return done
-    statistics: dict[str, object] = {"plan": plan}
     if section.path:
-        files = _copy(section.path, store)
-        statistics["taken_from"] = section.path
+        made: dict[str, Any] = {"taken_from": section.path, "files": _copy(section.path, store)}
     else:
-        metrics = _train(recipe, corpus, plan)
-        files = [FileEntry.model_validate(entry) for entry in metrics.pop("files")]
-        statistics |= metrics
+        made = _train(recipe, corpus, plan)
+    files = [FileEntry.model_validate(entry) for entry in made.pop("files")]
     return publish(
         store, kind="autoencoder", name=recipe.name, recipe=recipe.model_dump(mode="json"), inputs=[corpus],
-        files=files, statistics=statistics,
+        files=files, statistics={"plan": plan} | made,
     )  # fmt: skip
 
 
