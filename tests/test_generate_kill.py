@@ -27,7 +27,7 @@ from tests.tiny_generator import ATTRIBUTES, publish_generator
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[1]
 SHARDS, PER_SHARD, STEPS = 10, 3, 40
-TRIALS = 12
+TRIALS = 6
 DRIVER, ENGINE, WRITER = "driver", "EngineActor", "write_shard"
 
 
@@ -154,5 +154,5 @@ def test_kills_at_random_points_lose_and_repeat_nothing(
         require_equal(finished(where), undisturbed)
         kills += where.kills
     # Trials whose victim had ended by itself prove nothing.
-    assert kills.total() >= TRIALS - 2, kills
+    assert kills.total() >= TRIALS - 1, kills
     assert set(kills) == {DRIVER, ENGINE, WRITER}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -190,15 +192,15 @@ def test_a_damaged_generator_is_one_clear_error(ray_cluster: None, store_uri: st
 
 def test_killed_ray_workers_lose_and_repeat_nothing(dataset: Artefact, store_uri: str) -> None:
     publish_generator(f"{store_uri}/generator")
-    with _killer(store_uri) as kills:
+    with _Killer(store_uri) as kills:
         generate(recipe_for(store_uri))
     assert "EngineActor" in kills
     again = open_artefact(f"{store_uri}/dataset", "dataset")
     assert again.digest == dataset.digest
 
 
-class _killer:  # noqa: N801
-    """Kills an engine when the first shard is committed, and a writer process after the second."""
+class _Killer:
+    """Kills an engine as soon as there is one, another after the first commit, and a writer after the second."""
 
     def __init__(self, store_uri: str) -> None:
         self._commits = Store(f"{store_uri}/dataset/commits")
@@ -215,7 +217,18 @@ class _killer:  # noqa: N801
         self._thread.join()
 
     def _run(self) -> None:
+        self._wait(lambda: bool(named(os.getpid(), "EngineActor")))
+        self._kill("EngineActor")
         for commits, name in ((1, "EngineActor"), (2, "write_shard")):
-            while len(self._commits.list()) < commits and not self._over.is_set():
-                self._over.wait(0.01)
-            self.kills += [name for process in named(os.getpid(), name) if kill(process)]
+            self._wait(partial(self._committed, commits))
+            self._kill(name)
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        while not condition() and not self._over.wait(0.01):
+            pass
+
+    def _committed(self, shards: int) -> bool:
+        return len(self._commits.list()) >= shards
+
+    def _kill(self, name: str) -> None:
+        self.kills += [name for process in named(os.getpid(), name) if kill(process)]
