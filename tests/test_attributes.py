@@ -37,7 +37,7 @@ def test_ages_are_read_in_dicom_s_units_and_capped(text: str, years: float) -> N
     assert _parsed(age=text)["age"] == np.float32(years)
 
 
-@pytest.mark.parametrize("text", ["-1", "nan", "inf", "-inf"])
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "-inf", "411", "131Y"])
 def test_a_number_out_of_range_is_a_typed_reason_without_the_value(text: str) -> None:
     with pytest.raises(ScanError) as caught:
         _parsed(age=text)
@@ -72,10 +72,12 @@ def test_a_category_lets_only_declared_values_through(text: str, value: str | No
         ("effusion|cardiomegaly", ("cardiomegaly", "effusion")),
         ("effusion | effusion", ("effusion",)),
         ("No Finding", ()),
+        ("Jane Doe", None),
+        ("No Finding|effusion", ("effusion",)),
         ("Jane Doe|effusion", ("effusion",)),
     ],
 )
-def test_labels_come_in_declared_order_without_foreign_text(text: str, labels: tuple[str, ...]) -> None:
+def test_labels_come_in_declared_order_without_foreign_text(text: str, labels: tuple[str, ...] | None) -> None:
     assert _parsed(findings=text)["findings"] == labels
 
 

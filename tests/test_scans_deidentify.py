@@ -78,7 +78,7 @@ def test_no_text_of_any_attribute_of_the_standard_survives() -> None:
     assert sum(CANARY in str(element.value) for element in made if element.VR != "SQ") > 1500
     known = subject_of_header(made, SCHEMA, PSEUDONYMS)
     assert CANARY.encode() not in pickle.dumps(known)
-    assert dict(known.attributes) == {"sex": None, "age": 61.0, "view": None, "findings": ()}
+    assert dict(known.attributes) == {"sex": None, "age": 61.0, "view": None, "findings": None}
     assert known.actions["(private)", "removed"] == 2
     assert known.actions["PatientSex", "withheld"] == 1
     assert known.actions["PatientName", "removed"] == 1

@@ -27,6 +27,8 @@ from scanloom.recipe import (
 
 NO_LABEL = "none"
 """How an envelope names the empty set of labels."""
+OLDEST_YEARS = 130
+"""An age above it is a slip of the pen (NIH ChestX-ray14 has one of 411), not a person whose age a cap hides."""
 
 Value = str | float | tuple[str, ...] | None
 Attributes = Mapping[str, Value]
@@ -53,7 +55,7 @@ class AttributeSchema(BaseModel):
         """Schema values from a source's text (key: the declaration's `source` or name).
 
         Absent or empty text is unknown. Text outside the declared values is unknown too, so that no free text of a
-        source can pass; labels that the schema does not name are left out.
+        source can pass; labels that the schema does not name are left out, and "none of them" must be spelled.
 
         Raises ScanError("attribute-out-of-range") for a number outside the declared range and
         ScanError("attribute-not-a-number") for text where a number is declared.
@@ -166,7 +168,9 @@ def _parse(declaration: AttributeDeclaration, text: str | None) -> Value:
         return _parse_number(declaration, text)
     if isinstance(declaration, LabelsAttribute):
         found = {part.strip() for part in text.split(declaration.separator)}
-        return tuple(value for value in declaration.values if value in found)
+        labels = tuple(value for value in declaration.values if value in found)
+        # Text that says nothing known does not say that there is nothing.
+        return labels if labels or declaration.none in found else None
     spelled = declaration.aliases.get(text, text)
     return spelled if spelled in declaration.values else None
 
@@ -181,9 +185,10 @@ def _parse_number(declaration: NumberAttribute, text: str) -> float:
         value = float(text) / divisor
     except ValueError:
         raise ScanError("attribute-not-a-number", declaration.name, "holds text where a number is declared") from None
-    if declaration.cap is not None and math.isfinite(value):
+    possible = math.isfinite(value) and not (declaration.unit == "years" and value > OLDEST_YEARS)
+    if declaration.cap is not None and possible:
         value = min(value, declaration.cap)
-    if not (math.isfinite(value) and declaration.minimum <= value <= declaration.maximum):
+    if not (possible and declaration.minimum <= value <= declaration.maximum):
         span = f"[{declaration.minimum:g}, {declaration.maximum:g}] {declaration.unit}"
         raise ScanError("attribute-out-of-range", declaration.name, f"lies outside the declared range {span}")
     return _single(value)
