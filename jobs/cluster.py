@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import TypeVar
 
 import ray
 from ray.data import DataContext
@@ -16,6 +19,8 @@ from scanloom.recipe import Recipe, load_recipe
 
 # Credentials and endpoints that workers on other hosts need too.
 FORWARDED = ("AWS_", "SCANLOOM_")
+
+T = TypeVar("T")
 
 
 def run_recipe(work: Callable[[Recipe], None], job: str, summary: str, argv: Sequence[str] | None) -> int:
@@ -54,3 +59,20 @@ def connected() -> Iterator[None]:
     finally:
         if not already:
             ray.shutdown()
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """The result of `work`, done in a thread of its own, so that Ctrl-C reaches this one as KeyboardInterrupt.
+
+    In the main thread Ray Train's fit answers Ctrl-C itself, by waiting without end for its controller to abort.
+    """
+    done: Future[T] = Future()
+
+    def work_and_tell() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised in the waiting thread
+            done.set_exception(error)
+
+    threading.Thread(target=work_and_tell, name="work", daemon=True).start()
+    return done.result()

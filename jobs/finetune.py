@@ -12,7 +12,7 @@ import ray.data
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from jobs.cluster import connected, run_recipe
+from jobs.cluster import connected, interruptible, run_recipe
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, lineage, open_artefact, plan_digest, publish
 from scanloom.attributes import AttributeSchema, Envelope
@@ -119,7 +119,7 @@ def _train(recipe: Recipe, job: FinetuneJob, latents: Artefact, plan: str) -> di
                 checkpoint_config=CheckpointConfig(num_to_keep=section.keep_checkpoints), callbacks=[reports],
             ),
         )  # fmt: skip
-        return dict(trainer.fit().metrics or {})
+        return dict(interruptible(trainer.fit).metrics or {})
 
 
 if __name__ == "__main__":
