@@ -15,10 +15,14 @@ import ray
 from ray.data import DataContext
 
 from scanloom import console
+from scanloom.errors import RecipeError
 from scanloom.recipe import Recipe, load_recipe
 
 # Credentials and endpoints that workers on other hosts need too.
 FORWARDED = ("AWS_", "SCANLOOM_")
+# Ray Data lists and reads files in tasks that ask for a CPU each. Where training workers hold every core, those tasks
+# would wait for ever: a local cluster offers two more than it has, for work that mostly waits for I/O.
+SPARE_CPUS = 2
 
 T = TypeVar("T")
 
@@ -43,11 +47,11 @@ def connected() -> Iterator[None]:
     env = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
     already = ray.is_initialized()
     if not already:
-        # Ray Data lists and reads files in tasks that ask for a CPU each. Where training workers hold every core, those
-        # tasks would wait for ever: a local cluster offers two more than it has, for work that mostly waits for I/O.
-        cpus = None if os.environ.get("RAY_ADDRESS") else (os.cpu_count() or 1) + 2
+        address = os.environ.get("RAY_ADDRESS")
         ray.init(
-            num_cpus=cpus,
+            # Without an address Ray would join whatever cluster somebody started on this machine.
+            address=address or "local",
+            num_cpus=None if address else (os.cpu_count() or 1) + SPARE_CPUS,
             runtime_env={"env_vars": env},
             log_to_driver=False,
             include_dashboard=False,
@@ -59,6 +63,23 @@ def connected() -> Iterator[None]:
     finally:
         if not already:
             ray.shutdown()
+
+
+def require_room(cpus: int, gpus: float, what: str) -> None:
+    """Refuse what could never start beside one task that reads or writes; a cluster of RAY_ADDRESS may grow.
+
+    `what` names the recipe's keys and numbers, as in "finetune.workers 8 x 1 CPUs".
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    cpus_there, gpus_there = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
+    if cpus > cpus_there - 1:
+        cores = max(cpus_there - SPARE_CPUS, 1)
+        raise RecipeError(f"{what}: this machine has {cores:g} CPUs; set fewer, or RAY_ADDRESS to a cluster")
+    if gpus > gpus_there:
+        raise RecipeError(
+            f"{what}: needs {gpus:g} GPUs, this machine has {gpus_there:g}; set fewer, or none to run on CPUs"
+        )
 
 
 def interruptible(work: Callable[[], T]) -> T:

@@ -5,16 +5,14 @@ python -m jobs.generate RECIPE [--set KEY=VALUE ...]
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from typing import Any
 
-import ray
 import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from jobs.cluster import connected, run_recipe
+from jobs.cluster import connected, require_room, run_recipe
 from scanloom import console
 from scanloom.artefact import Artefact, find_artefact, lineage, open_artefact, publish
 from scanloom.errors import RecipeError
@@ -57,7 +55,11 @@ def _make(
     if not missing:
         return done
     with connected():
-        _require_room(section)
+        require_room(
+            section.engines * section.cpus_per_engine,
+            section.engines * section.gpus_per_engine,
+            f"generate.engines {section.engines} x {section.cpus_per_engine} CPUs",
+        )
         ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = ENGINE_START_DEATHS
         shards: ray.data.Dataset = ray.data.from_items(
             [{"shard": shard, "rows": rows_to_bytes(plan.rows(shard))} for shard in missing],
@@ -82,24 +84,6 @@ def _make(
                 done[row["shard"]] = ShardCommit.model_validate_json(row["commit"])
                 advance(row["rows"])
     return done
-
-
-def _require_room(section: Generate) -> None:
-    """Refuse a recipe that this machine could never start; a cluster may grow."""
-    wanted = section.engines * section.cpus_per_engine + section.writers * CPUS_PER_WRITER
-    there = ray.cluster_resources()
-    if "RAY_ADDRESS" in os.environ:
-        return
-    if wanted > there.get("CPU", 0):
-        raise RecipeError(
-            f"generate: engines {section.engines} x {section.cpus_per_engine} CPUs and writers {section.writers} need "
-            f"{wanted} CPUs, this machine has {there.get('CPU', 0):g}; set generate.engines or generate.writers lower"
-        )
-    if section.engines * section.gpus_per_engine > there.get("GPU", 0):
-        raise RecipeError(
-            f"generate: engines {section.engines} x {section.gpus_per_engine:g} GPUs, this machine has "
-            f"{there.get('GPU', 0):g}; set generate.gpus_per_engine to 0 to run on CPUs"
-        )
 
 
 def _publish(

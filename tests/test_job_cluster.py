@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
-from jobs.cluster import interruptible
+from jobs.cluster import SPARE_CPUS, connected, interruptible, require_room
+from scanloom.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # Stands for Ray Train's fit: in the main thread it would take Ctrl-C for itself and wait on.
 STUBBORN = """
 import signal, sys, threading
-from jobs.cluster import interruptible
+from jobs.cluster import SPARE_CPUS, connected, interruptible, require_room
+from scanloom.errors import RecipeError
 def fit():
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, lambda *_: threading.Event().wait())
@@ -50,3 +55,38 @@ def test_one_interrupt_ends_work_that_would_wait_without_end() -> None:
     finally:
         job.kill()
         job.wait()
+
+
+def test_more_workers_than_the_machine_can_ever_start_are_refused_with_its_real_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0 + SPARE_CPUS})
+    require_room(3, 0, "finetune.workers 3 x 1 CPUs")
+    with pytest.raises(RecipeError, match=r"finetune\.workers 4 x 1 CPUs: this machine has 2 CPUs;"):
+        require_room(4, 0, "finetune.workers 4 x 1 CPUs")
+    with pytest.raises(RecipeError, match="needs 1 GPUs, this machine has 0;"):
+        require_room(1, 1, "finetune.workers 1 x 1 CPUs")
+
+
+@pytest.mark.parametrize(
+    "given, address, spares", [(None, "local", True), ("", "local", True), ("10.0.0.1:6379", "10.0.0.1:6379", False)]
+)
+def test_no_cluster_is_joined_but_the_one_of_ray_address(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, address: str, spares: bool
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_ADDRESS", given)
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: asked.update(settings))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with connected():
+        assert asked["address"] == address
+    assert asked["num_cpus"] == ((os.cpu_count() or 1) + SPARE_CPUS if spares else None)
+
+
+def test_a_cluster_that_may_grow_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    require_room(1000, 8, "finetune.workers 1000 x 1 CPUs")
