@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import ray.data
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from jobs.cluster import connected, interruptible, run_recipe
+from jobs.cluster import connected, interruptible, require_room, run_recipe
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, lineage, open_artefact, plan_digest, publish
 from scanloom.models.autoencoder import load_autoencoder
@@ -25,6 +25,7 @@ from scanloom.store import Store
 from scanloom.training.encoding import SPLITS, ShardEncoder
 from scanloom.training.reconstruction import AutoencoderJob, train_autoencoder
 from scanloom.training.reports import following
+from scanloom.training.runs import forget, run_config, run_name
 
 # Where a step runs does not change what it makes.
 PLACE = {"workers", "cpus_per_worker", "use_gpu", "checkpoint_every_steps"}
@@ -54,34 +55,38 @@ def _autoencoder(recipe: Recipe, corpus: Artefact) -> Artefact:
     begin(store, "autoencoder", plan)
     if done := find_artefact(store.uri, "autoencoder"):
         return done
+    runs, name = Store(recipe.uri("runs")), run_name("autoencoder", plan, section.workers)
     if section.path:
         made: dict[str, Any] = {"taken_from": section.path, "files": _copy(section.path, store)}
     else:
-        made = _train(recipe, corpus, plan)
+        made = _train(recipe, corpus, runs, name)
     files = [FileEntry.model_validate(entry) for entry in made.pop("files")]
-    return publish(
+    artefact = publish(
         store, kind="autoencoder", name=recipe.name, recipe=recipe.model_dump(mode="json"), inputs=[corpus],
         files=files, statistics={"plan": plan} | made,
     )  # fmt: skip
+    forget(runs, name)
+    return artefact
 
 
 def _copy(path: str, store: Store) -> list[FileEntry]:
     with tempfile.TemporaryDirectory(prefix="scanloom-autoencoder-") as folder:
         Store(path).fetch_folder("", Path(folder) / "vae")
-        load_autoencoder(Path(folder) / "vae")
+        load_autoencoder(Path(folder) / "vae", path)
         return [FileEntry.of(file) for file in store.put_folder(Path(folder))]
 
 
-def _train(recipe: Recipe, corpus: Artefact, plan: str) -> dict[str, Any]:
-    section, runs = recipe.autoencoder, Store(recipe.uri("runs"))
+def _train(recipe: Recipe, corpus: Artefact, runs: Store, name: str) -> dict[str, Any]:
+    section = recipe.autoencoder
+    require_room(section.workers * section.cpus_per_worker, section.workers * section.use_gpu, "autoencoder.workers")
     job = AutoencoderJob(
         recipe=section, seed=recipe.seed, size_px=corpus.manifest.statistics["size_px"],
         autoencoder_uri=recipe.uri("autoencoder"),
     )  # fmt: skip
     scans: dict[str, Any] = {
-        split: ray.data.read_parquet(parquet_paths(corpus, split), filesystem=corpus.store.filesystem)
-        .select_columns(["id", "image"])
-        .limit(section.max_scans)
+        split: ray.data.read_parquet(
+            parquet_paths(corpus, split, section.max_scans), filesystem=corpus.store.filesystem
+        ).select_columns(["id", "image"])
         for split in SPLITS
     }
     with (
@@ -97,14 +102,11 @@ def _train(recipe: Recipe, corpus: Artefact, plan: str) -> dict[str, Any]:
                 num_workers=section.workers, use_gpu=section.use_gpu,
                 resources_per_worker={"CPU": section.cpus_per_worker},
             ),
-            run_config=RunConfig(
-                name=f"autoencoder-{plan[:12]}", storage_path=runs.path(), storage_filesystem=runs.filesystem,
-                failure_config=FailureConfig(max_failures=recipe.finetune.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=1), callbacks=[reports],
+            run_config=run_config(
+                runs, name, max_failures=section.max_failures, keep_checkpoints=1, reports=reports,
             ),
         )  # fmt: skip
-        result = interruptible(trainer.fit)
-    return dict(result.metrics or {})
+        return dict(interruptible(trainer.fit).metrics or {})
 
 
 def _latents(recipe: Recipe, corpus: Artefact, autoencoder: Artefact) -> Artefact:

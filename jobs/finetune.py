@@ -9,21 +9,22 @@ import time
 from typing import Any
 
 import ray.data
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import DataConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from jobs.cluster import connected, interruptible, run_recipe
+from jobs.cluster import connected, interruptible, require_room, run_recipe
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, lineage, open_artefact, plan_digest, publish
 from scanloom.attributes import AttributeSchema, Envelope
 from scanloom.errors import ArtefactError
-from scanloom.models.generator import GeneratorCard, read_latent_shape
-from scanloom.recipe import Recipe
+from scanloom.models.generator import GeneratorCard, read_latent_shape, require_continuable
+from scanloom.recipe import Finetune, Recipe
 from scanloom.shards.commit import begin
 from scanloom.shards.reader import parquet_paths
 from scanloom.store import Store
 from scanloom.training.loop import FinetuneJob, train_denoiser
 from scanloom.training.reports import following
+from scanloom.training.runs import forget, run_config, run_name
 
 # Where a step runs does not change what it makes.
 PLACE = {
@@ -42,19 +43,21 @@ def finetune(recipe: Recipe) -> None:
     job = _job(recipe, latents, autoencoder)
     plan = plan_digest(
         "generator", latents.digest, autoencoder.digest, recipe.seed, recipe.name,
-        recipe.finetune.model_dump(mode="json", exclude=PLACE), _start_digest(recipe),
+        recipe.finetune.model_dump(mode="json", exclude=PLACE), _start_digest(recipe, autoencoder),
     )  # fmt: skip
     begin(store, "generator", plan)
     generator = find_artefact(store.uri, "generator")
     if generator is None:
+        runs, name = Store(recipe.uri("runs")), run_name("generator", plan, recipe.finetune.workers)
         with connected():
-            metrics = _train(recipe, job, latents, plan)
+            metrics = _train(recipe.finetune, job, latents, runs, name)
         generator = publish(
             store, kind="generator", name=recipe.name, recipe=recipe.model_dump(mode="json"),
             inputs=[lineage("latents", latents), lineage("autoencoder", autoencoder)],
             files=[FileEntry.model_validate(entry) for entry in metrics.pop("files")],
             statistics={"plan": plan, "training": metrics} | _carried(latents),
         )  # fmt: skip
+        forget(runs, name)
     training = generator.manifest.statistics["training"]
     row = (
         "generator", generator.uri, f"{training['step']} steps", f"{training['images_per_s']:.1f} images/s",
@@ -85,16 +88,21 @@ def _job(recipe: Recipe, latents: Artefact, autoencoder: Artefact) -> FinetuneJo
     )  # fmt: skip
 
 
-def _start_digest(recipe: Recipe) -> str | None:
-    return open_artefact(recipe.finetune.start_from, "generator").digest if recipe.finetune.start_from else None
+def _start_digest(recipe: Recipe, autoencoder: Artefact) -> str | None:
+    section = recipe.finetune
+    if section.start_from is None:
+        return None
+    start = open_artefact(section.start_from, "generator")
+    require_continuable(start, section.denoiser.condition_dim, section.objective, autoencoder.digest)
+    return start.digest
 
 
 def _carried(latents: Artefact) -> dict[str, object]:
     return {key: latents.manifest.statistics[key] for key in ("schema", "envelope", "cells", "spacing_mm", "size_px")}
 
 
-def _train(recipe: Recipe, job: FinetuneJob, latents: Artefact, plan: str) -> dict[str, Any]:
-    section, runs = recipe.finetune, Store(recipe.uri("runs"))
+def _train(section: Finetune, job: FinetuneJob, latents: Artefact, runs: Store, name: str) -> dict[str, Any]:
+    require_room(section.workers * section.cpus_per_worker, section.workers * section.use_gpu, "finetune.workers")
     rows: dict[str, Any] = {
         split: ray.data.read_parquet(parquet_paths(latents, split), filesystem=latents.store.filesystem)
         for split in ("train", "validation")
@@ -113,10 +121,9 @@ def _train(recipe: Recipe, job: FinetuneJob, latents: Artefact, plan: str) -> di
                 num_workers=section.workers, use_gpu=section.use_gpu,
                 resources_per_worker={"CPU": section.cpus_per_worker},
             ),
-            run_config=RunConfig(
-                name=f"generator-{plan[:12]}", storage_path=runs.path(), storage_filesystem=runs.filesystem,
-                failure_config=FailureConfig(max_failures=section.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=section.keep_checkpoints), callbacks=[reports],
+            run_config=run_config(
+                runs, name, max_failures=section.max_failures, keep_checkpoints=section.keep_checkpoints,
+                reports=reports,
             ),
         )  # fmt: skip
         return dict(interruptible(trainer.fit).metrics or {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -152,6 +153,21 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line_and_leaves_no_generat
     assert "lower finetune.learning_rate" in str(known)
     with pytest.raises(ArtefactError):
         open_artefact(f"{beside}/generator")
+
+
+def test_a_run_leaves_no_checkpoints_and_a_deleted_generator_is_made_again(generator: Artefact, beside: str) -> None:
+    assert not list(Path(generator.uri).parent.glob("runs/*/checkpoint_*/*"))
+    finetune(recipe(beside))
+    shutil.rmtree(f"{beside}/generator")
+    finetune(recipe(beside))
+    again = open_artefact(f"{beside}/generator")
+    assert again.digest == generator.digest
+    assert list(verify(again)) == []
+
+
+def test_more_workers_than_the_machine_has_are_refused_and_not_waited_for(beside: str) -> None:
+    with pytest.raises(RecipeError, match=r"finetune\.workers"):
+        finetune(recipe(beside, workers=8))
 
 
 def test_another_recipe_is_refused_where_a_generator_already_is(generator: Artefact) -> None:

@@ -14,7 +14,13 @@ from scanloom.attributes import Attributes
 from scanloom.errors import ArtefactError
 from scanloom.models.autoencoder import build_autoencoder, decode, latent_shape, load_autoencoder, moments, normalise
 from scanloom.models.conditioner import AttributeConditioner, feature_widths, features
-from scanloom.models.generator import load_denoiser, load_generator, read_generator, read_latent_shape
+from scanloom.models.generator import (
+    load_denoiser,
+    load_generator,
+    read_generator,
+    read_latent_shape,
+    require_continuable,
+)
 from scanloom.recipe import Autoencoder
 from tests.tiny_generator import ATTRIBUTES, SCHEMA, publish_generator
 
@@ -139,6 +145,27 @@ def test_training_goes_on_only_from_a_generator_of_the_same_attributes(generator
     with pytest.raises(ArtefactError, match="sex, age, view, findings"):
         load_denoiser(generator.uri, other, shape)
     assert load_denoiser(generator.uri, SCHEMA, shape).training
+
+
+def test_training_goes_on_only_on_the_latents_and_target_of_before(generator: Artefact) -> None:
+    require_continuable(generator, 16, "v_prediction", "none")
+    for width, target, latents_of in (
+        (32, "v_prediction", "none"),
+        (16, "epsilon", "none"),
+        (16, "v_prediction", "ab"),
+    ):
+        with pytest.raises(ArtefactError, match="cannot go on from it"):
+            require_continuable(generator, width, target, latents_of)
+
+
+@pytest.mark.parametrize("age", [20.0, 63.0])
+def test_the_condition_of_a_number_survives_training_in_bfloat16(age: float) -> None:
+    torch.manual_seed(0)
+    conditioner = AttributeConditioner(SCHEMA, 16)
+    table = torch.from_numpy(features(SCHEMA, [{"age": age}]))
+    exact = conditioner(table)[0, 1]
+    rounded = conditioner.bfloat16()(table)[0, 1].float()
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
 
 
 def test_a_folder_that_is_no_autoencoder_is_refused(tmp_path: Path) -> None:

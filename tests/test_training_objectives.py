@@ -54,6 +54,11 @@ def test_the_schedule_ends_in_noise_and_starts_in_signal() -> None:
     assert float(schedule[-1]) < 1e-6
 
 
+def test_epsilon_keeps_some_signal_at_the_end_where_it_says_nothing_of_the_image() -> None:
+    # Sampling divides by the square root of this: 1/15 and not 1/20000.
+    assert float(alphas_cumprod("epsilon")[-1]) == pytest.approx(0.0047, rel=0.02)
+
+
 def test_ema_moves_and_settles_on_constant_weights() -> None:
     weight = torch.nn.Parameter(torch.zeros(3))
     ema = Ema([weight], decay=0.9)

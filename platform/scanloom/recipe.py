@@ -214,7 +214,14 @@ class Autoencoder(Section):
     workers: Count = 2
     cpus_per_worker: Count = 1
     use_gpu: bool = False
+    max_failures: Annotated[int, Field(ge=0)] = 3
     checkpoint_every_steps: Count = 200
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of workers {self.workers}")
+        return self
 
 
 class Encode(Section):
@@ -250,12 +257,12 @@ class Finetune(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     gradient_clip: Positive = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: Count = 2
     cpus_per_worker: Count = 1
     use_gpu: bool = False
-    max_failures: Annotated[int, Field(ge=-1)] = 3
+    max_failures: Annotated[int, Field(ge=0)] = 3
     checkpoint_every_steps: Count = 250
     keep_checkpoints: Count = 2
     log_every_steps: Count = 25
@@ -351,6 +358,16 @@ class Recipe(Section):
         names = [a.name for a in self.attributes]
         if len(set(names)) != len(names):
             raise ValueError(f"attribute names repeat: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+        return self
+
+    @model_validator(mode="after")
+    def _halves(self) -> Self:
+        factor = 2 ** (len(self.autoencoder.channels) - 1)
+        if self.prepare and self.prepare.size_px % factor:
+            raise ValueError(
+                f"prepare.size_px {self.prepare.size_px} is not a multiple of {factor}, by which an autoencoder of "
+                f"{len(self.autoencoder.channels)} levels reduces it"
+            )
         return self
 
     def uri(self, artefact: str) -> str:

@@ -32,14 +32,18 @@ def build_autoencoder(config: Autoencoder, size_px: int, seed: int) -> Autoencod
         )
 
 
-def load_autoencoder(folder: Path) -> AutoencoderKL:
-    """The autoencoder of a diffusers folder, in evaluation mode. Raises ArtefactError where it is not one."""
+def load_autoencoder(folder: Path, where: str | None = None) -> AutoencoderKL:
+    """The autoencoder of a diffusers folder, in evaluation mode. Raises ArtefactError where it is not one.
+
+    `where` names it in errors, where the folder is a copy.
+    """
+    where = where or str(folder)
     try:
         model = AutoencoderKL.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ArtefactError(f"{folder}: not a diffusers autoencoder: {' '.join(str(error).split())[:200]}") from error
+        raise ArtefactError(f"{where}: not a diffusers autoencoder: {' '.join(str(error).split())[:200]}") from error
     if model.config.in_channels != 1:
-        raise ArtefactError(f"{folder}: takes {model.config.in_channels} channels, scans have 1")
+        raise ArtefactError(f"{where}: takes {model.config.in_channels} channels, scans have 1")
     return model.eval().requires_grad_(False)
 
 

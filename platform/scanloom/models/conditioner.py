@@ -77,10 +77,9 @@ class AttributeConditioner(nn.Module):
 
     def forward(self, features_BF: Tensor, drop_BA: Tensor | None = None) -> Tensor:
         """Tokens [B, A, D] of features [B, F]; where bool `drop_BA` is set the attribute counts as unknown."""
-        features_BF = features_BF.to(self.unknown.dtype)
         tokens, known = [], []
         for encoder, part in zip(self.encoders, features_BF.split(feature_widths(self.schema), dim=1), strict=True):
-            tokens.append(encoder(part))
+            tokens.append(encoder(part.to(self.unknown.dtype)) if isinstance(encoder, nn.Linear) else encoder(part))
             known.append(part[:, -1] > 0 if isinstance(encoder, _NumberEncoder) else part[:, 0] > 0)
         tokens_BAD, known_BA = torch.stack(tokens, 1), torch.stack(known, 1)
         if drop_BA is not None:
@@ -110,13 +109,12 @@ class _CategoryEncoder(nn.Module):
 class _NumberEncoder(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("octaves", math.pi * 2.0 ** torch.arange(FREQUENCIES), persistent=False)
         self.network = nn.Sequential(nn.Linear(2 * FREQUENCIES + 1, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, value_B2: Tensor) -> Tensor:
-        scaled_B1 = value_B2[:, :1]
-        octaves = self.get_buffer("octaves")
-        angles = scaled_B1.float() * octaves.float()
-        waves = torch.cat([scaled_B1.float(), angles.sin(), angles.cos()], dim=1).to(value_B2.dtype)
-        embedded: Tensor = self.network(waves)
+        # In float32 whatever the network's precision: at the top octave, bfloat16's rounding is most of a period.
+        scaled_B1 = value_B2[:, :1].float()
+        angles = scaled_B1 * math.pi * 2.0 ** torch.arange(FREQUENCIES, device=value_B2.device)
+        waves = torch.cat([scaled_B1, angles.sin(), angles.cos()], dim=1)
+        embedded: Tensor = self.network(waves.to(next(self.network.parameters()).dtype))
         return embedded

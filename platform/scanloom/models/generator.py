@@ -51,13 +51,20 @@ class GeneratorCard(BaseModel):
 
 
 def noise_schedule(prediction_type: PredictionType) -> DDIMScheduler:
-    """The cosine schedule (Nichol & Dhariwal 2021) of TRAIN_TIMESTEPS steps, sampled with trailing spacing.
+    """The noise schedule of TRAIN_TIMESTEPS steps, sampled with trailing spacing.
 
-    Its last signal-to-noise ratio is about zero, so that sampling starts from what training saw (Lin et al. 2024).
+    For v the cosine schedule (Nichol & Dhariwal 2021): its last signal-to-noise ratio is about zero, so that sampling
+    starts from what training saw (Lin et al. 2024). Epsilon says nothing about the image there, so that it gets the
+    schedule of latent diffusion (Rombach et al. 2022), which ends with some signal.
     """
+    betas = (
+        {"beta_schedule": "squaredcos_cap_v2"}
+        if prediction_type == "v_prediction"
+        else {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    )
     return DDIMScheduler(
+        **betas,
         num_train_timesteps=TRAIN_TIMESTEPS,
-        beta_schedule="squaredcos_cap_v2",
         prediction_type=prediction_type,
         clip_sample=False,
         set_alpha_to_one=True,
@@ -167,28 +174,39 @@ def load_generator(uri: str, device: str = "cpu") -> Generator:
     with tempfile.TemporaryDirectory(prefix="scanloom-generator-") as scratch:
         folder = Path(scratch)
         artefact.fetch(folder)
-        return read_generator(folder, artefact.digest, device)
+        return read_generator(folder, artefact.digest, device, uri)
 
 
 def load_denoiser(uri: str, schema: AttributeSchema, latent_shape: tuple[int, int, int]) -> AttributeDenoiser:
     """The trainable denoiser of a generator artefact, to go on training from.
 
-    Raises ArtefactError where its attributes or latents are not those of the corpus.
+    Raises ArtefactError where its attributes or latents are not those of the corpus, or a part cannot be read.
     """
     artefact = open_artefact(uri, "generator")
     with tempfile.TemporaryDirectory(prefix="scanloom-generator-") as scratch:
         folder = Path(scratch)
         artefact.fetch(folder)
-        card = read_card(folder)
+        card = read_card(folder, uri)
         if card.attributes != schema or card.latent_shape != latent_shape:
             raise ArtefactError(
                 f"{uri}: trained on attributes {', '.join(card.attributes.names)} and latents {card.latent_shape}; "
                 f"this corpus has {', '.join(schema.names)} and {latent_shape}, or other values of them"
             )
-        conditioner = AttributeConditioner(card.attributes, card.condition_dim)
-        conditioner.load_state_dict(load_file(folder / "conditioner" / "conditioner.safetensors"))
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
-        return AttributeDenoiser(unet.train(), conditioner)
+        return AttributeDenoiser(*_read_denoiser(folder, card, uri)).train()
+
+
+def require_continuable(start: Artefact, condition_dim: int, prediction_type: str, autoencoder_digest: str) -> None:
+    """Raise ArtefactError where training cannot go on from a generator: other latents, target or condition width."""
+    card = GeneratorCard.model_validate_json(start.store.read("generator.json"))
+    scheduler = json.loads(start.store.read("scheduler/scheduler_config.json"))
+    latents_of = next((entry.digest for entry in start.manifest.inputs if entry.role == "autoencoder"), "none")
+    for what, theirs, ours in (
+        ("finetune.denoiser.condition_dim", card.condition_dim, condition_dim),
+        ("finetune.objective", scheduler["prediction_type"], prediction_type),
+        ("autoencoder digest", latents_of[:12], autoencoder_digest[:12]),
+    ):
+        if theirs != ours:
+            raise ArtefactError(f"{start.uri}: cannot go on from it: its {what} is {theirs}, this recipe's is {ours}")
 
 
 def read_latent_shape(autoencoder: Artefact, size_px: int) -> tuple[int, int, int]:
@@ -198,34 +216,44 @@ def read_latent_shape(autoencoder: Artefact, size_px: int) -> tuple[int, int, in
     return config["latent_channels"], size_px // factor, size_px // factor
 
 
-def read_card(folder: Path) -> GeneratorCard:
-    """The card of a generator folder. Raises ArtefactError where it is missing or of another family or format."""
+def read_card(folder: Path, where: str | None = None) -> GeneratorCard:
+    """The card of a generator folder. Raises ArtefactError where it is missing or of another family or format.
+
+    `where` names the generator in errors, where the folder is a copy.
+    """
+    where = where or str(folder)
     try:
         return GeneratorCard.model_validate_json((folder / "generator.json").read_bytes())
     except OSError as error:
-        raise ArtefactError(f"{folder}: holds no generator.json; not a generator of scanloom") from error
+        raise ArtefactError(f"{where}: holds no generator.json; not a generator of scanloom") from error
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in fault["loc"])
-        raise ArtefactError(f"{folder}/generator.json: {place}: {fault['msg']} (got {fault['input']!r})") from error
+        raise ArtefactError(f"{where}/generator.json: {place}: {fault['msg']} (got {fault['input']!r})") from error
 
 
-def read_generator(folder: Path, digest: str, device: str = "cpu") -> Generator:
+def read_generator(folder: Path, digest: str, device: str = "cpu", where: str | None = None) -> Generator:
     """The generator of a local folder. Raises ArtefactError where a part is missing or does not fit."""
-    card = read_card(folder)
+    where = where or str(folder)
+    card = read_card(folder, where)
+    unet, conditioner = _read_denoiser(folder, card, where)
+    try:
+        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True)
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreadable(folder, where, error) from error
+    return Generator(card, digest, unet, conditioner, vae, scheduler, device)
+
+
+def _read_denoiser(folder: Path, card: GeneratorCard, where: str) -> tuple[UNet2DConditionModel, AttributeConditioner]:
     try:
         conditioner = AttributeConditioner(card.attributes, card.condition_dim)
         conditioner.load_state_dict(load_file(folder / "conditioner" / "conditioner.safetensors"))
-        return Generator(
-            card,
-            digest,
-            UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True),
-            conditioner,
-            AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True),
-            DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
-            device,
-        )
+        return UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True), conditioner
     except (OSError, ValueError, RuntimeError) as error:
-        raise ArtefactError(
-            f"{folder}: a part of the generator cannot be read: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise _unreadable(folder, where, error) from error
+
+
+def _unreadable(folder: Path, where: str, error: Exception) -> ArtefactError:
+    text = " ".join(str(error).split()).replace(str(folder), where)
+    return ArtefactError(f"{where}: a part of the generator cannot be read: {text[:200]}")

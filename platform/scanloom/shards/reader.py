@@ -50,9 +50,20 @@ def read_parquet(store: Store, entry: FileEntry, columns: Sequence[str] | None =
     raise AssertionError("unreachable")
 
 
-def parquet_paths(artefact: Artefact, folder: str) -> list[str]:
-    """Paths of the Parquet shards below `folder`, as `artefact.store.filesystem` and Ray Data read them."""
-    return [artefact.store.path(f.path) for f in artefact.files(folder) if f.path.endswith(".parquet")]
+def parquet_paths(artefact: Artefact, folder: str, enough_rows: int | None = None) -> list[str]:
+    """Paths of the Parquet shards below `folder`, as `artefact.store.filesystem` and Ray Data read them.
+
+    With `enough_rows` the first shards that hold that many, by their footers: the same ones every time.
+    """
+    paths = [artefact.store.path(f.path) for f in artefact.files(folder) if f.path.endswith(".parquet")]
+    if enough_rows is None:
+        return paths
+    rows = 0
+    for count, path in enumerate(paths, 1):
+        rows += pq.read_metadata(path, filesystem=artefact.store.filesystem).num_rows
+        if rows >= enough_rows:
+            return paths[:count]
+    return paths
 
 
 def rows(artefact: Artefact, folder: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

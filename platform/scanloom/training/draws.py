@@ -1,7 +1,8 @@
 """Counter-based randomness of training: a row's noise depends on (seed, position) alone.
 
 A position numbers the rows of a run in the order in which they are trained on, over all epochs and all workers. So a
-run needs no saved random state: it resumes at any step, and on any number of workers, with the draws it would have had.
+run needs no saved random state: it resumes at any step with the draws it would have had, and any number of workers
+draws the same.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from scanloom.training.latents import Latents, collect
 from scanloom.training.objectives import add_noise, loss_weight, target
 
 HELD_OUT_ROWS = 128
+EVALUATION_BATCH = 32
 # Far from any position that training reaches.
 HELD_OUT_POSITION = 2**48
 CHECKPOINT = "state"
@@ -68,10 +70,10 @@ class Batches:
         self._job = job
         self._latents = latents
         self._vae = vae
-        self._alphas_cumprod = alphas_cumprod(job.recipe.objective)
+        self._alphas_cumprod = alphas_cumprod(job.recipe.objective).float()
 
-    def at(self, where: range) -> Batch:
-        """The training batch at these positions."""
+    def at(self, where: Sequence[int], *, dropout: bool = True) -> Batch:
+        """The batch at these positions; without dropout every attribute is told."""
         recipe, latents = self._job.recipe, self._latents
         attributes = len(self._job.card.attributes.declarations)
         rows = torch.from_numpy(rows_at(where, len(latents), self._job.seed))
@@ -85,7 +87,7 @@ class Batches:
             noisy_BCHW=add_noise(clean, d.noise_BCHW, signal),
             timesteps_B=timesteps,
             features_BF=latents.features_NF[rows],
-            drop_BA=whole | (d.uniform_BU[:, 2:] < recipe.attribute_dropout),
+            drop_BA=(whole | (d.uniform_BU[:, 2:] < recipe.attribute_dropout)) & dropout,
             target_BCHW=target(recipe.objective, clean, d.noise_BCHW, signal),
             weight_B=loss_weight(recipe.objective, signal, recipe.min_snr_gamma),
         )
@@ -108,7 +110,8 @@ def train_denoiser(config: dict[str, Any]) -> None:
     batches = Batches(job, _stream("train", job), vae)
     held_out = Batches(job, _stream("validation", job), vae)
     ema = Ema(engine.module.parameters(), recipe.ema_decay)
-    step = _restore(engine, ema)
+    metrics = _restore(engine, ema)
+    step = int(metrics["step"])
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     started, resumed_at = time.monotonic(), step
@@ -124,20 +127,20 @@ def train_denoiser(config: dict[str, Any]) -> None:
         saving = step % recipe.checkpoint_every_steps == 0 or step == recipe.steps
         if not saving and step % recipe.log_every_steps:
             continue
-        loss = _mean_over_workers(summed / (step - since))
-        if not math.isfinite(loss):
-            raise RecipeError(
-                f"loss is {loss} at step {step}; lower finetune.learning_rate (now {recipe.learning_rate:g})"
-            )
+        loss = _mean_over_workers(summed / (step - since), 1)
+        _require_finite(loss, job, step)
         rate = (step - resumed_at) * recipe.batch_size / (time.monotonic() - started)
         metrics = {"step": step, "loss": loss, "images_per_s": rate}
         since, summed = step, torch.zeros((), device=device)
         if saving:
-            metrics["held_out_loss"] = _held_out_loss(engine, held_out, rank, workers)
-            files = _release(job, ema, vae, rank) if step == recipe.steps else []
-            _report_checkpoint(engine, ema, metrics, files)
-        else:
+            metrics["held_out_loss"] = _held_out_loss(engine, ema, held_out, range(rank, HELD_OUT_ROWS, workers))
+            _require_finite(metrics["held_out_loss"], job, step)
+        if saving and step < recipe.steps:
+            _report_checkpoint(engine, ema, metrics)
+        elif not saving:
             ray.train.report(metrics)
+    # Also where a resumed run finds all its steps done: what it had written may be gone.
+    _report_checkpoint(engine, ema, metrics, _release(job, ema, vae, rank))
 
 
 def deepspeed_config(recipe: Finetune) -> dict[str, Any]:
@@ -234,28 +237,38 @@ def _loss(engine: Any, batch: Batch, *, weighted: bool) -> Tensor:
 
 
 @torch.no_grad()
-def _held_out_loss(engine: Any, held_out: Batches, rank: int, workers: int) -> float:
-    share = HELD_OUT_ROWS // workers
-    start = HELD_OUT_POSITION + rank * share
+def _held_out_loss(engine: Any, ema: Ema, held_out: Batches, rows: range) -> float:
+    """Unweighted, every attribute told, of the averaged weights: those that are released."""
+    parameters = list(engine.module.parameters())
+    trained = [parameter.clone() for parameter in parameters]
+    ema.copy_to(parameters)
     engine.eval()
-    losses = [
-        _loss(engine, held_out.at(range(begin, min(begin + 32, start + share))), weighted=False)
-        for begin in range(start, start + share, 32)
-    ]
+    total = torch.zeros((), device=engine.device)
+    for begin in range(0, len(rows), EVALUATION_BATCH):
+        where = [HELD_OUT_POSITION + row for row in rows[begin : begin + EVALUATION_BATCH]]
+        total += _loss(engine, held_out.at(where, dropout=False), weighted=False) * len(where)
     engine.train()
-    return _mean_over_workers(torch.stack(losses).mean())
+    for parameter, value in zip(parameters, trained, strict=True):
+        parameter.copy_(value)
+    return _mean_over_workers(total, len(rows))
 
 
-def _mean_over_workers(value: Tensor) -> float:
-    value = value.detach().float().clone()
-    torch.distributed.all_reduce(value)
-    return float(value) / torch.distributed.get_world_size()
+def _mean_over_workers(total: Tensor, count: int) -> float:
+    both = torch.stack([total.detach().float(), torch.tensor(float(count), device=total.device)])
+    torch.distributed.all_reduce(both)
+    return float(both[0] / both[1])
 
 
-def _report_checkpoint(engine: Any, ema: Ema, metrics: dict[str, Any], files: list[FileEntry]) -> None:
+def _require_finite(loss: float, job: FinetuneJob, step: int) -> None:
+    if not math.isfinite(loss):
+        rate = job.recipe.learning_rate
+        raise RecipeError(f"loss is {loss} at step {step}; lower finetune.learning_rate (now {rate:g})")
+
+
+def _report_checkpoint(engine: Any, ema: Ema, metrics: dict[str, Any], files: Sequence[FileEntry] = ()) -> None:
     with tempfile.TemporaryDirectory(prefix="scanloom-checkpoint-") as folder:
         # Collective: under ZeRO every rank holds a part of the optimizer, and each uploads its own.
-        state = {"step": metrics["step"], "ema": ema.state()}
+        state = {"metrics": metrics, "ema": ema.state()}
         engine.save_checkpoint(folder, tag=CHECKPOINT, client_state=state)
         ray.train.report(
             metrics | {"files": [entry.model_dump() for entry in files]},
@@ -263,14 +276,15 @@ def _report_checkpoint(engine: Any, ema: Ema, metrics: dict[str, Any], files: li
         )
 
 
-def _restore(engine: Any, ema: Ema) -> int:
+def _restore(engine: Any, ema: Ema) -> dict[str, Any]:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0
+        return {"step": 0}
     with checkpoint.as_directory() as folder:
         _, state = engine.load_checkpoint(folder, tag=CHECKPOINT)
     ema.restore(state["ema"]["updates"], state["ema"]["shadow"])
-    return int(state["step"])
+    metrics: dict[str, Any] = state["metrics"]
+    return metrics
 
 
 def _release(job: FinetuneJob, ema: Ema, vae: AutoencoderKL, rank: int) -> list[FileEntry]:

@@ -36,6 +36,7 @@ from scanloom.store import Store
 from scanloom.training.draws import draw, positions, rows_at
 
 HELD_OUT_ROWS = 128
+EVALUATION_BATCH = 16
 REPORT_EVERY_STEPS = 20
 CHECKPOINT = "autoencoder.pt"
 
@@ -92,9 +93,10 @@ def train_autoencoder(config: dict[str, Any]) -> None:
     recipe = job.recipe
     torch.set_num_threads(recipe.cpus_per_worker)
     device = ray.train.torch.get_device()
-    scans, held_out = _stream("train", job.size_px), _stream("validation", job.size_px)[:HELD_OUT_ROWS]
+    scans = _stream("train", job.size_px)[: recipe.max_scans]
+    held_out = _stream("validation", job.size_px)[:HELD_OUT_ROWS]
     state = _initial(job)
-    _restore(state)
+    metrics = _restore(state)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     started, resumed_at = time.monotonic(), state.step
@@ -111,21 +113,31 @@ def train_autoencoder(config: dict[str, Any]) -> None:
         if not math.isfinite(mean_loss):
             raise RecipeError(f"autoencoder loss is {mean_loss} at step {state.step}; lower autoencoder.learning_rate")
         rate = (state.step - resumed_at) * recipe.batch_size / (time.monotonic() - started)
-        metrics: dict[str, Any] = {"step": state.step, "loss": mean_loss, "images_per_s": rate}
-        if not saving:
+        metrics = {"step": state.step, "loss": mean_loss, "images_per_s": rate}
+        if saving:
+            metrics |= reconstruction_error(state.vae, held_out)
+        if saving and state.step < recipe.steps:
+            _report_checkpoint(state, metrics, rank)
+        elif not saving:
             ray.train.report(metrics)
-            continue
-        metrics |= reconstruction_error(state.vae, _pixels(held_out).to(device))
-        metrics["files"] = [e.model_dump() for e in _release(job, state, scans, rank)]
-        _report_checkpoint(state, metrics, rank)
+    # Also where a resumed run finds all its steps done: what it had written may be gone.
+    files = [entry.model_dump() for entry in _release(job, state, scans, rank)]
+    _report_checkpoint(state, metrics | {"files": files}, rank)
 
 
-def reconstruction_error(vae: AutoencoderKL, pixels_B1HW: Tensor) -> dict[str, float]:
-    """PSNR in dB and mean absolute error as a share of the full range, of pixels in [-1, 1] through the latents."""
-    with torch.no_grad():
-        mean, _ = moments(vae, pixels_B1HW)
-        error = (vae.decode(mean).sample.clamp(-1, 1) - pixels_B1HW) / 2
-    return {"psnr_db": float(-10 * torch.log10(error.square().mean())), "l1": float(error.abs().mean())}
+@torch.no_grad()
+def reconstruction_error(vae: AutoencoderKL, scans_NHW: Tensor) -> dict[str, float]:
+    """PSNR in dB and mean absolute error as a share of the full range, of scans in [-1, 1] through the latents."""
+    squared, absolute = [], []
+    for part in scans_NHW.split(EVALUATION_BATCH):
+        pixels = _pixels(part).to(vae.device)
+        error = (vae.decode(moments(vae, pixels)[0]).sample.clamp(-1, 1) - pixels) / 2
+        squared.append(error.square().flatten(1).mean(1))
+        absolute.append(error.abs().flatten(1).mean(1))
+    return {
+        "psnr_db": float(-10 * torch.log10(torch.cat(squared).mean())),
+        "l1": float(torch.cat(absolute).mean()),
+    }
 
 
 def _initial(job: AutoencoderJob) -> State:
@@ -195,7 +207,7 @@ def _rate_factor(recipe: Autoencoder, step: int) -> float:
 
 
 def _stream(split: str, size_px: int) -> Tensor:
-    """Scans [N, H, W] uint8 or uint16 of a split, in the order of their ids."""
+    """Scans [N, H, W] float16 in [-1, 1] of a split, in the order of their ids."""
     shard = ray.train.get_dataset_shard(split)
     if shard is None:
         raise ArtefactError(f"training was given no {split!r} scans")
@@ -230,11 +242,12 @@ def _bare(model: nn.Module) -> Any:
 
 
 def _release(job: AutoencoderJob, state: State, scans: Tensor, rank: int) -> list[FileEntry]:
-    if rank != 0 or state.step < job.recipe.steps:
+    if rank != 0:
         return []
     vae = state.vae
     with torch.no_grad():
-        mean, _ = moments(vae, _pixels(scans[:512]).to(vae.device))
+        parts = scans[:512].split(EVALUATION_BATCH)
+        mean = torch.cat([moments(vae, _pixels(part).to(vae.device))[0] for part in parts])
     vae.register_to_config(scaling_factor=float(1.0 / mean.std()), shift_factor=float(mean.mean()))
     with tempfile.TemporaryDirectory(prefix="scanloom-autoencoder-") as folder:
         vae.save_pretrained(Path(folder) / "vae")
@@ -247,20 +260,22 @@ def _report_checkpoint(state: State, metrics: dict[str, Any], rank: int) -> None
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory(prefix="scanloom-checkpoint-") as folder:
-        saved = {name: part.state_dict() for name, part in _parts(state).items()} | {"step": state.step}
+        saved = {name: part.state_dict() for name, part in _parts(state).items()} | {"metrics": metrics}
         torch.save(saved, Path(folder) / CHECKPOINT)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _restore(state: State) -> None:
+def _restore(state: State) -> dict[str, Any]:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return
+        return {}
     with checkpoint.as_directory() as folder:
         saved = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
     for name, part in _parts(state).items():
         part.load_state_dict(saved[name])
-    state.step = saved["step"]
+    metrics: dict[str, Any] = saved["metrics"]
+    state.step = metrics["step"]
+    return metrics
 
 
 def _parts(state: State) -> dict[str, Any]:
