@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.train import Checkpoint, UserCallback
 from ray.util.queue import Empty, Queue
 
@@ -18,8 +19,9 @@ class QueueReports(UserCallback):
         self._queue = queue
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        """Forward one report."""
-        self._queue.put({name: value for name, value in metrics[0].items() if isinstance(value, (int, float))})
+        """Forward one report; training does not stop because nobody can hear of it."""
+        with suppress(RayError):
+            self._queue.put({name: value for name, value in metrics[0].items() if isinstance(value, (int, float))})
 
 
 @contextmanager
@@ -32,11 +34,10 @@ def following(receive: Callable[[dict[str, float]], None]) -> Iterator[Any]:
     ended = threading.Event()
 
     def pump() -> None:
-        while not (ended.is_set() and queue.empty()):
-            try:
-                receive(queue.get(timeout=0.5))
-            except Empty:
-                continue
+        with suppress(RayError):
+            while not (ended.is_set() and queue.empty()):
+                with suppress(Empty):
+                    receive(queue.get(timeout=0.5))
 
     thread = threading.Thread(target=pump, name="training-reports", daemon=True)
     thread.start()
