@@ -72,8 +72,9 @@ def regenerate(dataset_uri: str, image_id: str, generator_uri: str | None = None
     spec = PlanSpec.model_validate(statistics["spec"])
     stored = stored_row(dataset, spec, image_id)
     home = next(entry.uri for entry in dataset.manifest.inputs if entry.role == "generator")
-    threads = statistics["environments"][0]["threads"]
-    engine = ShardEngine(spec, generator_uri or home, "cuda" if torch.cuda.is_available() else "cpu", threads)
+    maker = statistics["environments"][0]
+    device = "cuda" if maker["device"] != "cpu" and torch.cuda.is_available() else "cpu"
+    engine = ShardEngine(spec, generator_uri or home, device, maker["threads"])
     row = pa.Table.from_pylist([stored]).drop_columns(["image"])
     made = engine({"shard": 0, "rows": rows_to_bytes(row)})
     kept = png_pixels(stored["image"]["bytes"])
