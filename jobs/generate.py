@@ -19,7 +19,7 @@ from scanloom.errors import RecipeError
 from scanloom.recipe import Generate, Recipe
 from scanloom.sampling.dataset import EngineActor, rows_to_bytes, write_shard
 from scanloom.sampling.plan import PlanSpec, achieved, compile_plan, specify
-from scanloom.shards.commit import ShardCommit, begin, committed
+from scanloom.shards.commit import ShardCommit, begin, clean_orphans, committed
 from scanloom.store import Store
 
 CPUS_PER_WRITER = 1
@@ -40,8 +40,11 @@ def generate(recipe: Recipe) -> None:
     done = committed(store, spec.digest)
     before = sum(commit.rows for commit in done.values())
     dataset = find_artefact(store.uri, "dataset")
-    if dataset is None:
+    if dataset is not None:
+        console.LOG.info("%s: finished before; nothing to do", dataset.uri)
+    else:
         commits = _make(section, spec, generator, store, done)
+        clean_orphans(store, grace_s=0)  # so that a reader who lists the folder finds what the manifest names
         dataset = _publish(recipe, spec, generator, store, commits)
     _report(dataset, spec.images - before, time.monotonic() - started)
 
@@ -110,8 +113,6 @@ def _publish(
 
 def _report(dataset: Artefact, made: int, seconds: float) -> None:
     statistics = dataset.manifest.statistics
-    if made == 0:
-        console.LOG.info("%s: finished before; nothing to do", dataset.uri)
     row = (
         dataset.uri, statistics["rows"], made, f"{made / seconds:.2f}", f"{statistics['images_per_engine_s']:.2f}",
         statistics["plan"][:12], dataset.digest[:12], statistics["gate"],

@@ -114,6 +114,8 @@ def require_equal(made: Artefact, undisturbed: Artefact) -> None:
     for entry in made.manifest.files:
         read_file(made.store, entry)
     assert orphans(made.store, grace_s=0.0) == []
+    there = {found.key for folder in ("images", "dicom") for found in made.store.list(folder)}
+    assert there == {entry.path for entry in made.manifest.files}
 
 
 @pytest.fixture(scope="module")

@@ -140,12 +140,30 @@ def test_a_finished_dataset_is_left_alone(
 
 def test_the_same_recipe_elsewhere_gives_the_same_dataset(dataset: Artefact, ray_cluster: None, tmp_path: Path) -> None:
     publish_generator(str(tmp_path / "generator"))
+    # What an attempt leaves that died between its upload and its commit.
+    lost = f"{dataset.manifest.files[0].path.split('-')[0]}-000000-0123456789ab.parquet"
+    Store(str(tmp_path / "dataset")).write(lost, b"")
     generate(recipe_for(str(tmp_path), writers=1))
     again = open_artefact(str(tmp_path / "dataset"), "dataset")
     assert again.manifest.statistics["plan"] == dataset.manifest.statistics["plan"]
     # Paths hold hashes: ids, UIDs and pixels are equal, byte for byte.
     assert again.manifest.files == dataset.manifest.files
     assert again.digest == dataset.digest
+    assert not again.store.exists(lost)
+
+
+def test_a_dataset_that_only_lacks_its_manifest_is_not_called_finished_before(
+    dataset: Artefact, ray_cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish_generator(str(tmp_path / "generator"))
+    place = Store(str(tmp_path / "dataset"))
+    for found in dataset.store.list():
+        if found.key != "manifest.json":
+            place.write(found.key, dataset.store.read(found.key))
+    with caplog.at_level("INFO", logger="scanloom"):
+        generate(recipe_for(str(tmp_path)))
+    assert "finished before" not in caplog.text
+    assert open_artefact(place.uri, "dataset").digest == dataset.digest
 
 
 def test_another_plan_does_not_enter_the_folder(dataset: Artefact, module_store: str) -> None:
