@@ -9,7 +9,7 @@ setup: .venv/.installed
 
 # torch first, because DeepSpeed is built against it; DeepSpeed without its CUDA kernels, which it compiles where it needs them.
 .venv/.installed: pyproject.toml constraints.txt
-	@echo "installing scanloom into .venv: several minutes, once" && $(PYTHON) -m venv .venv && $(INSTALL) torch wheel
+	@echo "installing scanloom into .venv: several minutes, once" && $(PYTHON) -m venv .venv && $(INSTALL) torch setuptools wheel
 	$(INSTALL) -e '.[demo,dev]'
 	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation deepspeed && touch $@
 
