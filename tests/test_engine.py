@@ -240,6 +240,20 @@ def test_a_guided_image_on_a_single_slot_is_refused() -> None:
         Engine(GaussianGenerator(), 1).submit(request(0, scale=2.0))
 
 
+def test_a_request_that_cannot_be_conditioned_keeps_no_slot() -> None:
+    class Choosy(GaussianGenerator):
+        def condition(self, attributes: Sequence[Attributes]) -> torch.Tensor:
+            if attributes[0].get("level") == 9.0:
+                raise RecipeError("no such level")
+            return super().condition(attributes)
+
+    engine = Engine(Choosy(), slots=2)
+    for index in range(3):
+        with pytest.raises(RecipeError, match="no such level"):
+            list(engine.run([request(index, scale=2.0, level=9.0)]))
+    assert len(list(engine.run([request(0, scale=2.0)]))) == 1
+
+
 def test_pixels_that_are_not_numbers_are_refused() -> None:
     class Diverged(GaussianGenerator):
         def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -160,11 +160,13 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting and _width(self._waiting[0]) <= len(self._free):
             request = self._waiting.popleft()
+            # Before a slot is taken: a request that fails here must not keep one.
+            condition = self._generator.condition([request.attributes])[0]
+            noise = gaussian_noise(request.seed, request.index, self._generator.latent_shape)
             slot = self._free.pop(0)
             twin = self._free.pop(0) if _width(request) == 2 else slot
             self._condition[twin] = self._null[0]
-            self._condition[slot] = self._generator.condition([request.attributes])[0]
-            noise = gaussian_noise(request.seed, request.index, self._generator.latent_shape)
+            self._condition[slot] = condition
             self._latents[slot] = torch.from_numpy(noise).to(self._device)
             self._predicted[slot] = 0.0
             self._running.append(_Running(request, self._trajectory(request.steps), slot, twin))
