@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,12 +118,30 @@ def test_progress_is_not_a_line_per_item(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_reports_move_progress_to_their_step_also_after_a_resume() -> None:
-    moves: list[tuple[int, dict[str, float]]] = []
-    receive = console.step_follower(lambda n, **figures: moves.append((n, figures)))
+    moves: list[tuple[int, bool, dict[str, float]]] = []
+    receive = console.step_follower(lambda n, *, rebase, **figures: moves.append((n, rebase, figures)))
     for step in (10, 20, 15, 25):
         receive({"step": step, "loss": 0.5})
-    assert [n for n, _ in moves] == [10, 10, -5, 10]
-    assert moves[0][1] == {"loss": 0.5}
+    assert [(n, jump) for n, jump, _ in moves] == [(10, True), (10, False), (-5, True), (10, False)]
+    assert moves[0][2] == {"loss": 0.5}
+
+
+def test_a_resumed_distance_does_not_count_in_the_rate(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "scanloom")
+    clock = iter((0.0, 100.0, 102.0, 104.0, 106.0))
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with console.progress("train", 1000, "steps", every_s=0) as advance:
+        receive = console.step_follower(advance)
+        for step in (900, 910, 905, 925):
+            receive({"step": step})
+    assert caplog.messages == [
+        "train 900/1000 steps",
+        "train 910/1000 steps, 5/s, 18 s left",
+        "train 905/1000 steps",
+        "train 925/1000 steps, 10/s, 8 s left",
+    ]
 
 
 def test_a_piped_table_keeps_long_uris_whole_and_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +155,8 @@ def test_a_piped_table_keeps_long_uris_whole_and_brackets_as_they_are(capsys: py
 _BAR = """
 from scanloom.console import progress
 with progress("write", 4, "shards") as advance:
-    advance(4, loss=0.25)
+    advance(2, rebase=True)
+    advance(2, loss=0.25)
 """
 
 

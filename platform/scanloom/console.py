@@ -25,7 +25,10 @@ Advance = Callable[[int], None]
 def progress(
     what: str, total: int, unit: str, *, done: int = 0, every_s: float = 10.0
 ) -> Iterator[Callable[..., None]]:
-    """A callable `advance(n, **figures)`: a bar with rate and ETA on a terminal, else a log line each `every_s`."""
+    """A callable `advance(n, **figures)`: a bar with rate and ETA on a terminal, else a log line each `every_s`.
+
+    `advance(n, rebase=True)` is a jump: the rate counts from there.
+    """
     console = Console(stderr=True)
     if console.is_terminal:
         with _bar(what, total, unit, done, console) as advance:
@@ -34,15 +37,16 @@ def progress(
     started = last = time.monotonic()
     count = done
 
-    def advance_logged(n: int = 1, **figures: float) -> None:
-        nonlocal count, last
+    def advance_logged(n: int = 1, *, rebase: bool = False, **figures: float) -> None:
+        nonlocal started, done, count, last
         count += n
         now = time.monotonic()
+        if rebase:
+            started, done = now, count
         if now - last >= every_s or count >= total:
             last = now
-            rate = (count - done) / max(now - started, 1e-9)
-            left = (total - count) / rate if rate else float("inf")
-            LOG.info("%s %d/%d %s, %.3g/s, %.0f s left%s", what, count, total, unit, rate, left, _figures(figures))
+            pace = _pace(count - done, now - started, total - count)
+            LOG.info("%s %d/%d %s%s%s", what, count, total, unit, pace, _figures(figures))
 
     yield advance_logged
 
@@ -63,8 +67,12 @@ def _bar(what: str, total: int, unit: str, done: int, console: Console) -> Itera
         task = bar.add_task(what, total=total, completed=done, figures="", rate="")
         started, count = time.monotonic(), 0
 
-        def advance(n: int = 1, **figures: float) -> None:
-            nonlocal count
+        def advance(n: int = 1, *, rebase: bool = False, **figures: float) -> None:
+            nonlocal started, count
+            if rebase:
+                started, count = time.monotonic(), 0
+                bar.reset(task, completed=int(bar.tasks[0].completed) + n, figures=_figures(figures), rate="")
+                return
             count += n
             rate = count / max(time.monotonic() - started, 1e-9)
             bar.update(task, advance=n, figures=_figures(figures), rate=f"{rate:.3g}/s")
@@ -72,19 +80,28 @@ def _bar(what: str, total: int, unit: str, done: int, console: Console) -> Itera
         yield advance
 
 
+def _pace(count: int, seconds: float, left: int) -> str:
+    rate = count / max(seconds, 1e-9)
+    return f", {rate:.3g}/s, {left / rate:.0f} s left" if count > 0 else ""
+
+
 def _figures(figures: Mapping[str, float]) -> str:
     return "".join(f" {name} {value:.4g}" for name, value in figures.items())
 
 
 def step_follower(advance: Callable[..., None]) -> Callable[[Mapping[str, float]], None]:
-    """A receiver of training reports that moves a progress bar to the reported `step`, also after a resume."""
-    reached = 0
+    """A receiver of training reports that moves a progress bar to the reported `step`.
+
+    The first step of a resumed run, and a step back after a restart, are jumps that say nothing of the rate.
+    """
+    reached: int | None = None
 
     def receive(report: Mapping[str, float]) -> None:
         nonlocal reached
         figures = {name: value for name, value in report.items() if name != "step"}
-        advance(int(report["step"]) - reached, **figures)
-        reached = int(report["step"])
+        step = int(report["step"])
+        advance(step - (reached or 0), rebase=reached is None or step < reached, **figures)
+        reached = step
 
     return receive
 
