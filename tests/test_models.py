@@ -17,9 +17,11 @@ from scanloom.models.conditioner import AttributeConditioner, feature_widths, fe
 from scanloom.models.generator import (
     load_denoiser,
     load_generator,
+    read_card,
     read_generator,
     read_latent_shape,
     require_continuable,
+    save_generator,
 )
 from scanloom.recipe import Autoencoder
 from tests.tiny_generator import ATTRIBUTES, SCHEMA, publish_generator
@@ -166,6 +168,20 @@ def test_the_condition_of_a_number_survives_training_in_bfloat16(age: float) -> 
     exact = conditioner(table)[0, 1]
     rounded = conditioner.bfloat16()(table)[0, 1].float()
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+
+
+def test_saving_what_was_loaded_from_two_places_writes_the_same_bytes(generator: Artefact, tmp_path: Path) -> None:
+    written = []
+    for name in ("first", "second"):
+        shutil.copytree(Path(generator.uri) / "vae", tmp_path / name / "vae")
+        vae = load_autoencoder(tmp_path / name / "vae")
+        denoiser = load_denoiser(generator.uri, SCHEMA, load_generator(generator.uri).latent_shape)
+        card = read_card(Path(generator.uri))
+        save_generator(tmp_path / name / "saved", card, denoiser, vae, "v_prediction")
+        saved = sorted((tmp_path / name / "saved").rglob("*.*"))
+        written.append({file.relative_to(tmp_path / name): file.read_bytes() for file in saved})
+    assert written[0] == written[1]
+    assert len(written[0]) == 8
 
 
 def test_a_folder_that_is_no_autoencoder_is_refused(tmp_path: Path) -> None:

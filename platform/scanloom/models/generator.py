@@ -148,6 +148,9 @@ def save_generator(
     folder: Path, card: GeneratorCard, denoiser: AttributeDenoiser, vae: AutoencoderKL, prediction_type: PredictionType
 ) -> None:
     """Write the folder of a generator; weights as float32 safetensors."""
+    for part in (denoiser.unet, vae):
+        # diffusers notes the folder that a part was loaded from: a scratch folder, another one at every run.
+        part.register_to_config(_name_or_path=card.name)
     denoiser.unet.save_pretrained(folder / "unet")
     vae.save_pretrained(folder / "vae")
     noise_schedule(prediction_type).save_pretrained(folder / "scheduler")
