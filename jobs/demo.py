@@ -20,10 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from scanloom import console
-from scanloom.artefact import Artefact, open_artefact
+from scanloom.artefact import open_artefact
 from scanloom.audit.side_by_side import compare
 from scanloom.embedded_s3 import EmbeddedS3
 from scanloom.errors import RecipeError
+from scanloom.overview import how_many
 from scanloom.recipe import DicomTarSource, Recipe, load_recipe
 from scanloom.scans.phantom_archive import phantom_archive
 from scanloom.store import Store
@@ -37,8 +38,9 @@ BAD_FILES = 5
 def demo(options: argparse.Namespace) -> None:
     """Do every step that is not done yet, then measure, draw and tell."""
     recipe = load_recipe(RECIPE, options.overrides)
+    buckets = _buckets(recipe)
     with EmbeddedS3(options.folder / "s3") as s3:
-        _enter(s3, options.folder, recipe)
+        _enter(s3, options.folder, buckets)
         if options.store_only:
             print(f"S3 at {s3.endpoint} until Ctrl-C; in another shell: source {options.folder}/env", flush=True)  # noqa: T201
             with suppress(KeyboardInterrupt):
@@ -47,14 +49,26 @@ def demo(options: argparse.Namespace) -> None:
             _run_all(recipe, options)
 
 
-def _enter(s3: EmbeddedS3, folder: Path, recipe: Recipe) -> None:
+def _buckets(recipe: Recipe) -> set[str]:
+    """The buckets of the store and of the scans. RecipeError where the demo's S3 server cannot hold them."""
+    source = recipe.prepare.source if recipe.prepare else None
+    if not isinstance(source, DicomTarSource):
+        raise RecipeError("the demo puts its scans into prepare.source, as DICOM in tar shards; leave it dicom-tar")
+    for uri in (recipe.store, source.uri):
+        if not uri.startswith("s3://"):
+            raise RecipeError(f"{uri}: the demo brings an S3 server of its own; set an s3://BUCKET/FOLDER instead")
+    return {uri.removeprefix("s3://").split("/")[0] for uri in (recipe.store, source.uri)}
+
+
+def _enter(s3: EmbeddedS3, folder: Path, buckets: set[str]) -> None:
     """Point this process and its children to the server, and leave a file that does so for a shell."""
     environment = s3.environment | {"SCANLOOM_PSEUDONYM_KEY": os.environ.get("SCANLOOM_PSEUDONYM_KEY", DEMO_KEY)}
     os.environ.update(environment)
     file = folder / "env"
     file.touch(mode=0o600)
     file.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()))
-    s3.create_bucket(recipe.store.removeprefix("s3://").split("/")[0])
+    for bucket in buckets:
+        s3.create_bucket(bucket)
 
 
 def _run_all(recipe: Recipe, options: argparse.Namespace) -> None:
@@ -70,7 +84,7 @@ def _run_all(recipe: Recipe, options: argparse.Namespace) -> None:
         _run_job(job, options.overrides)
         made = [open_artefact(recipe.uri(name)) for name in names]
         # A job's time stands beside the last artefact that it made.
-        rows += [(a.manifest.kind, a.uri, _how_many(a), "" if a is not made[-1] else _since(began)) for a in made]
+        rows += [(a.manifest.kind, a.uri, how_many(a), "" if a is not made[-1] else _since(began)) for a in made]
     began = time.monotonic()
     sheet = options.folder / "contact-sheet.png"
     title = f"{recipe.name}: phantoms, here the real scans, and what was generated from them"
@@ -81,17 +95,15 @@ def _run_all(recipe: Recipe, options: argparse.Namespace) -> None:
     console.result_table(f"demo: {_since(started)} s in all", ("what", "where", "how many", "seconds"), rows)
     command = "scanloom" if shutil.which("scanloom") else os.path.relpath(Path(sys.executable).with_name("scanloom"))
     folder = shlex.quote(str(options.folder))
-    opening = [f"{command} demo --folder {folder} --store-only &", f"source {folder}/env"]
-    opening += [f"{command} show {uri}" for _, uri, _, _ in rows[1:-1]]
-    print(comparison, "to open what it made:", *(f"  {line}" for line in opening), sep="\n")  # noqa: T201
+    opening = [f"{command} demo --folder {folder} --store-only", 'wait for its line "S3 at ..."; in another shell:']
+    opening += [f"source {folder}/env", *(f"{command} show {uri}" for _, uri, _, _ in rows[1:-1])]
+    print(comparison, "to open what it made:", *opening, sep="\n  ")  # noqa: T201
 
 
 def _put_scans(recipe: Recipe, scans: int) -> str:
     """Where the phantom scans are: DICOM tar shards with fake patient data and some bad files."""
-    if recipe.prepare is None or not isinstance(recipe.prepare.source, DicomTarSource):
-        raise RecipeError(
-            "the demo puts its scans where prepare.source says, as DICOM in tar shards; leave it dicom-tar"
-        )
+    assert recipe.prepare is not None
+    assert isinstance(recipe.prepare.source, DicomTarSource)  # `_buckets` refuses others
     store, size_px = Store(recipe.prepare.source.uri), recipe.prepare.size_px
     with console.progress("phantoms", scans, "scans") as advance:
         phantom_archive(store, scans, seed=recipe.seed, size_px=size_px, bad_files=BAD_FILES, wrote=advance)
@@ -119,17 +131,6 @@ def _run_job(job: str, overrides: Sequence[str]) -> None:
 
 def _since(began: float) -> str:
     return f"{time.monotonic() - began:.0f}"
-
-
-def _how_many(artefact: Artefact) -> str:
-    statistics = artefact.manifest.statistics
-    if artefact.manifest.kind == "generator":
-        return f"{statistics['training']['step']} steps"
-    if "psnr_db" in statistics:
-        return f"{statistics['psnr_db']:.1f} dB PSNR held out"
-    refused = sum(statistics.get("quarantined", {}).values())
-    rows = f"{statistics['rows']} pictures" if "rows" in statistics else f"{len(artefact.manifest.files)} files"
-    return rows + (f", {refused} refused" if refused else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

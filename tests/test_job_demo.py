@@ -58,7 +58,11 @@ def test_the_store_of_an_earlier_run_is_served_until_interrupted(
             monkeypatch.setenv(name, value)
         Store("s3://scanloom-demo/run").write("note", b"still here")
     server = subprocess.Popen(
-        _command(tmp_path, "--store-only"), cwd=ROOT, env=_plain_environment(), stdout=subprocess.PIPE, text=True
+        _command(tmp_path, "--store-only", "--set", "prepare.source.uri=s3://elsewhere/scans"),
+        cwd=ROOT,
+        env=_plain_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert server.stdout is not None
@@ -66,6 +70,7 @@ def test_the_store_of_an_earlier_run_is_served_until_interrupted(
         for name, value in _environment_file(tmp_path).items():
             monkeypatch.setenv(name, value)
         assert Store("s3://scanloom-demo/run").read("note") == b"still here"
+        Store("s3://elsewhere/scans").require_bucket()
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 0
     finally:
@@ -88,6 +93,15 @@ def test_an_override_that_leaves_no_place_for_the_scans_is_one_line(tmp_path: Pa
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "dicom-tar" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["store", "prepare.source.uri"])
+def test_a_place_that_the_demos_server_cannot_hold_is_one_line_before_anything_starts(tmp_path: Path, key: str) -> None:
+    done = _run(tmp_path, "--set", f"{key}={tmp_path}/local")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "s3://BUCKET/FOLDER" in done.stderr
+    assert not (tmp_path / "s3").exists()
 
 
 def test_a_typo_in_an_override_names_the_nearest_key_before_anything_starts(tmp_path: Path) -> None:

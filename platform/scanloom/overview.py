@@ -112,3 +112,15 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     for row in rows:
         table.add_row(*(Text(cell, overflow="fold") for cell in row))
     return table
+
+
+def how_many(artefact: Artefact) -> str:
+    """What an artefact amounts to, in a few words."""
+    statistics = artefact.manifest.statistics
+    if artefact.manifest.kind == "generator":
+        return f"{statistics['training']['step']} steps"
+    if "psnr_db" in statistics:
+        return f"{statistics['psnr_db']:.1f} dB PSNR held out"
+    refused = sum(statistics.get("quarantined", {}).values())
+    rows = f"{statistics['rows']} pictures" if "rows" in statistics else f"{len(artefact.manifest.files)} files"
+    return rows + (f", {refused} refused" if refused else "")
