@@ -72,4 +72,4 @@ def _real_scans(name: str) -> Path:
     for place in (ROOT.parent / "shared" / "data" / name, ROOT / "shared" / "data" / name):
         if place.is_dir():
             return place
-    pytest.skip(f"real scans {name} are not beside the checkout (../shared/data)")
+    pytest.skip(f"real scans {name} are not in a folder shared/data beside the checkout")
