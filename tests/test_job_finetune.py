@@ -156,6 +156,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line_and_leaves_no_generat
         open_artefact(f"{beside}/generator")
 
 
+@pytest.mark.slow
 def test_a_run_leaves_no_checkpoints_and_a_deleted_generator_is_made_again(generator: Artefact, beside: str) -> None:
     assert not Store(generator.uri.removesuffix("generator") + "runs").list()
     finetune(recipe(beside))
