@@ -85,9 +85,10 @@ def disturbed(where: Place, victim: str, chance: random.Random) -> None:
     # A writer is there for a moment only, and an engine not before its actor starts.
     _wait(process, lambda: victim == DRIVER or bool(named(process.pid, victim)))
     target = [process.pid] if victim == DRIVER else named(process.pid, victim)
-    where.kills[victim] += process.poll() is None and any(kill(p) for p in target[:1])
+    killed = process.poll() is None and any(kill(p) for p in target[:1])
+    where.kills[victim] += killed
     output, _ = process.communicate(timeout=1800)
-    if victim != DRIVER:
+    if killed and victim != DRIVER:
         assert process.returncode == 0, output[-4000:]
 
 

@@ -51,7 +51,7 @@ def scheduled(scheduler: Any, steps: int, start: torch.Tensor) -> torch.Tensor:
     scheduler.set_timesteps(steps)
     for timestep in scheduler.timesteps:
         output = network(latents, int(timestep))
-        (latents,) = scheduler.step(output, timestep, latents, return_dict=False)
+        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents
 
 
