@@ -62,7 +62,7 @@ def pseudonym_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def scan(number: int, patient: int, **elements: Any) -> bytes:
     uids = {"SOPInstanceUID": f"{UID_ROOT}1.{number}", "StudyInstanceUID": f"{UID_ROOT}2.{patient}"}
-    identity = {"PatientID": f"MRN-{patient:08d}", "PatientAge": f"{20 + patient:03d}Y"}
+    identity = {"PatientID": f"MRN-{patient:08d}", "PatientAge": f"{20 + patient % 70:03d}Y"}
     return file(radiograph(8, (32, 32), number), **(uids | identity | elements))
 
 
