@@ -26,7 +26,7 @@ from tests.tiny_generator import ATTRIBUTES, publish_generator
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[1]
-SHARDS, PER_SHARD, STEPS = 10, 3, 40
+SHARDS, PER_SHARD, STEPS = 10, 3, 16
 TRIALS = 6
 DRIVER, ENGINE, WRITER = "driver", "EngineActor", "write_shard"
 
@@ -68,7 +68,7 @@ def place(folder: Path, store: str) -> Place:
         "name": "tiny",
         "store": store,
         "attributes": [a.model_dump(mode="json") for a in ATTRIBUTES],
-        "generate": {"images": SHARDS * PER_SHARD, "images_per_shard": PER_SHARD, "slots": 4, "steps": STEPS},
+        "generate": {"images": SHARDS * PER_SHARD, "images_per_shard": PER_SHARD, "slots": 6, "steps": STEPS},
     }
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
