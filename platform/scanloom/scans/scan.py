@@ -1,0 +1,61 @@
+"""What every source yields: files in a fixed order, and per file its scans or the typed reason why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from scanloom.attributes import AttributeSchema
+from scanloom.errors import ScanError
+from scanloom.recipe import Decode
+from scanloom.scans.deidentify import Pseudonyms, Subject
+from scanloom.scans.image import ScanImage
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """What a table says of one file, as text; nothing here is de-identified yet. `texts` by attribute source."""
+
+    file: str
+    patient: str
+    study: str
+    texts: Mapping[str, str]
+    geometry: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One object of a source.
+
+    `version` differs when the content may differ (an ETag, a time of modification). A file that is `alone` makes a
+    unit of its own: an archive, a volume, a series. `rows` are the table's rows for it: exactly one, if all is well.
+    """
+
+    key: str
+    bytes: int
+    version: str = ""
+    alone: bool = False
+    rows: tuple[TableRow, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Context:
+    """What reading a unit needs beside the source."""
+
+    schema: AttributeSchema
+    pseudonyms: Pseudonyms
+    decode: Decode
+    seed: int
+    size_px: int
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One de-identified scan at its own size."""
+
+    subject: Subject
+    image: ScanImage
+
+
+Found = tuple[int, int | None, Scan | ScanError]
+"""Member (ordinal of the file in its unit), frame (None: the file as a whole), and the scan or why there is none."""
