@@ -1,40 +1,86 @@
-"""The members of a tar in a store, in order, without holding more than one member and a read-ahead in memory.
+"""The files in a tar, tar.gz or zip of a store, in order, without more than one of them and a read-ahead in memory.
 
-Python's tarfile takes a damaged header, or an archive cut between two members, for its end. A source must not lose
-scans so: here such an archive ends with a `broken-archive` refusal.
+What an archive is says its content, not its name. An archive is material that anybody may have made, so nothing that
+it claims is believed: sizes are read up to what is there, and an archive that inflates or branches out of proportion
+is left alone. No scan is lost in silence either: Python's tarfile takes a damaged header, or an archive cut between
+two members, for its end; here such an archive ends with a `broken-archive` refusal. A file that is itself an archive
+is refused, since who unpacks those has to bound what unpacking them may cost.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
+import re
+import stat
+import struct
 import tarfile
+import zipfile
 import zlib
-from collections.abc import Iterator
-from tarfile import EOFHeaderError, HeaderError, ReadError, TarFile  # type: ignore[attr-defined]
-from typing import Any, BinaryIO, cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from tarfile import BLOCKSIZE, TarInfo
+from typing import Any, Protocol, TypeAlias
 
 from scanloom.errors import ScanError
 from scanloom.scans.decode import MAX_FILE_BYTES
 from scanloom.scans.quarantine import reject
 from scanloom.store import Store
 
+MOST_MEMBERS = 100_000
+"""Files and folders that one archive may hold."""
+
+_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 _READ_AHEAD = 8 << 20
+_PIECE = 1 << 20
+# A whole archive of scans compresses twofold to twentyfold, one black image a thousandfold.
+_FREE_BYTES = 100 << 20
+_MOST_TIMES = 200
+# Names of members, and what pax says beside them.
+_LONGEST_HEADER = 1 << 20
+_LONGEST_DIRECTORY = 32 << 20
+
 _GZIP = b"\x1f\x8b"
-_BROKEN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, UnicodeError, ValueError)
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+_PAX_RECORD = re.compile(rb"([0-9]{1,10}) ([^=\n]{1,1000})=")
+_UNIX = 3
+_GZIP_PIECE = 16 << 10
+_SPARSE_BLOCK_CONTINUES = 504
+_SPARSE_HEADER_CONTINUES = 482
+_BROKEN = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, struct.error),
+    *(EOFError, OSError, ValueError, OverflowError, NotImplementedError),
+)
+
+Content = bytes | ScanError
+_Member = tuple[str, Callable[[], Content]]
 
 
-def read_archive(store: Store, key: str, size: int) -> Iterator[tuple[int, bytes | ScanError]]:
-    """Per file in the archive its ordinal and its bytes, or the reason why it has none.
+def is_archive_name(key: str) -> bool:
+    """Whether an object of this name is to be opened: .tar, .tar.gz, .tgz or .zip."""
+    return key.lower().endswith(_SUFFIXES)
 
-    Directories are not files. A broken archive ends with a refusal at the ordinal where it broke.
+
+def is_packed(content: bytes) -> bool:
+    """Whether a file, of which the first 512 bytes are enough, is itself an archive or compressed."""
+    return content[128:132] != b"DICM" and _kind(content[:BLOCKSIZE]) is not None
+
+
+def read_archive(store: Store, key: str, size: int) -> Iterator[tuple[int, Content]]:
+    """Per file in the archive its ordinal and its bytes, or the reason why it has none; never nothing at all.
+
+    Directories are not files. The files of a zip come in the order in which they lie in it, not in that of its
+    directory. An archive that cannot be read on ends with a refusal at the ordinal where that was found.
     """
     ordinal = 0
     try:
-        for tar, member in _members(store, key, size):
-            content = _content(tar, member)
-            yield ordinal, content
+        for _, content in _members(store, key, size):
+            yield ordinal, content()
             ordinal += 1
+        if not ordinal:
+            yield 0, reject("empty-archive")
+    except ScanError as refusal:
+        yield ordinal, refusal
     except _BROKEN:
         yield ordinal, reject("broken-archive")
 
@@ -43,63 +89,318 @@ def archive_names(store: Store, key: str, size: int) -> list[str]:
     """The names of the archive's files by ordinal, as far as it can be read."""
     names = []
     try:
-        for _, member in _members(store, key, size):
-            names.append(member.name)
-    except _BROKEN:
+        for name, _ in _members(store, key, size):
+            names.append(name)
+    except (ScanError, *_BROKEN):
         pass
     return names
 
 
-def _members(store: Store, key: str, size: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    stream = _open(store, key, size)
-    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo) as tar:
-        while (member := tar.next()) is not None:
-            if not member.isdir():
-                yield tar, member
-            # A stream never goes back to them.
-            tar.members.clear()  # type: ignore[attr-defined]
-    # The checksum of a gzip stream stands at its end.
-    while stream.read(_READ_AHEAD):
-        pass
+def _members(store: Store, key: str, size: int) -> Iterator[_Member]:
+    if not size:
+        raise reject("empty-file")
+    source = io.BufferedReader(_Ranged(store, key, size), _READ_AHEAD)
+    head = source.read(BLOCKSIZE)
+    kind = _kind(head)
+    source.seek(0)
+    # A tar without members is nothing but zeros.
+    if kind is None and any(head):
+        raise reject("not-an-archive")
+    if kind == "zip":
+        return _zip_members(source)
+    return _tar_members(_Inflated(source) if kind == "gzip" else _Plain(source))
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | ScanError:
-    if member.size > MAX_FILE_BYTES:
+def _kind(head: bytes) -> str | None:
+    if head.startswith(_GZIP):
+        return "gzip"
+    if head.startswith(_ZIP):
+        return "zip"
+    # A tar from before 1988 has no magic, but its checksum.
+    return "tar" if head[257:262] == b"ustar" or _is_tar_header(head) else None
+
+
+def _is_tar_header(block: bytes) -> bool:
+    try:
+        _tar_header(block)
+    except tarfile.TarError:
+        return False
+    return True
+
+
+def _read(read: Callable[[int], bytes], size: int) -> bytes:
+    """At most `size` bytes, fewer where there are fewer, without believing that there are so many."""
+    sink = io.BytesIO()
+    while (missing := size - sink.tell()) and (piece := read(min(missing, _PIECE))):
+        sink.write(piece)
+    return sink.getvalue()
+
+
+def _unpacked(content: bytes) -> Content:
+    return reject("packed-file") if is_packed(content) else content
+
+
+def _require_in_proportion(inflated: int, packed: int) -> None:
+    if inflated > _FREE_BYTES + _MOST_TIMES * packed:
+        raise reject("archive-bomb")
+
+
+# --- tar ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tar's member, once the headers that extend its own are read."""
+
+    name: str
+    kind: bytes
+    size: int
+    sparse: bool
+
+    @property
+    def stored(self) -> int:
+        """Bytes that follow the header: links, devices and folders have none, whatever their size says."""
+        return self.size if self.is_file or self.kind not in tarfile.SUPPORTED_TYPES else 0
+
+    @property
+    def is_file(self) -> bool:
+        return self.kind in tarfile.REGULAR_TYPES
+
+
+def _tar_members(stream: _Stream) -> Iterator[_Member]:
+    for _ in range(MOST_MEMBERS):
+        entry = _entry(stream)
+        if entry is None:
+            break
+        end = stream.tell() + entry.stored + -entry.stored % BLOCKSIZE
+        if entry.kind != tarfile.DIRTYPE:
+            yield entry.name, partial(_tar_content, stream, entry)
+        stream.skip(end - stream.tell())
+    else:
+        raise reject("archive-bomb")
+    # A second archive may be glued to the first; and the checksum of a gzip stream stands at its end.
+    while piece := stream.read(_PIECE):
+        if piece.strip(b"\0"):
+            raise tarfile.ReadError("content after the end")
+
+
+def _tar_content(stream: _Stream, entry: _Entry) -> Content:
+    if entry.sparse:
+        return reject("archive-sparse")
+    if not entry.is_file:
+        return reject("archive-link")
+    if entry.size > MAX_FILE_BYTES:
         return reject("too-large")
-    stream = tar.extractfile(member) if member.isfile() else None
-    return stream.read() if stream is not None else reject("archive-link")
+    content = _read(stream.read, entry.size)
+    if len(content) < entry.size:
+        raise EOFError
+    return _unpacked(content)
 
 
-def _open(store: Store, key: str, size: int) -> BinaryIO:
-    buffered = io.BufferedReader(_Ranged(store, key, size), _READ_AHEAD)
-    return cast(BinaryIO, gzip.GzipFile(fileobj=buffered) if buffered.peek(2)[:2] == _GZIP else buffered)
+def _entry(stream: _Stream) -> _Entry | None:
+    """The next member, or None at the end. Raises what is in `_BROKEN`, also where the end's mark is missing."""
+    extended: dict[str, str] = {}
+    while True:
+        block = _exactly(stream, BLOCKSIZE)
+        if not any(block):
+            return None
+        header = _tar_header(block)
+        if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            extended |= _pax(_extension(stream, header.size))
+        elif header.type == tarfile.GNUTYPE_LONGNAME:
+            extended["path"] = _extension(stream, header.size).rstrip(b"\0").decode(errors="replace")
+        elif header.type in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+            _extension(stream, header.size)
+        else:
+            return _extended(stream, header, block, extended)
+
+
+def _tar_header(block: bytes) -> TarInfo:
+    header = TarInfo.frombuf(block, "utf-8", "replace")
+    if header.size < 0:
+        raise tarfile.InvalidHeaderError("negative size")  # type: ignore[attr-defined]
+    return header
+
+
+def _extended(stream: _Stream, header: TarInfo, block: bytes, extended: Mapping[str, str]) -> _Entry:
+    """The member of this header; the map of a GNU sparse file, which stands between header and content, is passed."""
+    is_map = header.type == tarfile.GNUTYPE_SPARSE
+    more = is_map and block[_SPARSE_HEADER_CONTINUES]
+    while more:
+        more = _exactly(stream, BLOCKSIZE)[_SPARSE_BLOCK_CONTINUES]
+    return _Entry(
+        name=extended.get("path", header.name),
+        kind=header.type,
+        size=int(extended.get("size", header.size)),
+        sparse=is_map or any(key.startswith("GNU.sparse.") for key in extended),
+    )
+
+
+def _extension(stream: _Stream, size: int) -> bytes:
+    if size > _LONGEST_HEADER:
+        raise tarfile.ReadError("absurd header")
+    return _exactly(stream, size + -size % BLOCKSIZE)[:size]
+
+
+def _pax(records: bytes) -> dict[str, str]:
+    """The keywords and values of an extended header (POSIX.1-2017, pax): `LENGTH KEYWORD=VALUE` lines."""
+    fields, at = {}, 0
+    while records[at : at + 1].strip(b"\0"):
+        found = _PAX_RECORD.match(records, at)
+        end = at + int(found[1]) if found else 0
+        if found is None or end < found.end() + 1 or records[end - 1 : end] != b"\n":
+            raise tarfile.ReadError("damaged extended header")
+        fields[found[2].decode(errors="replace")] = records[found.end() : end - 1].decode(errors="replace")
+        at = end
+    if not fields.get("size", "0").isdecimal():
+        raise tarfile.ReadError("damaged size")
+    return fields
+
+
+def _exactly(stream: _Stream, size: int) -> bytes:
+    data = _read(stream.read, size)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+# --- zip ------------------------------------------------------------------------------------------------------
+
+
+def _zip_members(source: _ReadAhead) -> Iterator[_Member]:
+    source.raw.limit = _LONGEST_DIRECTORY
+    with zipfile.ZipFile(source) as archive:
+        source.raw.limit = None
+        infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+        end = inflated = 0
+        for number, info in enumerate(infos):
+            # Members that share their bytes inflate without end.
+            if number >= MOST_MEMBERS or info.header_offset < end:
+                raise reject("archive-bomb")
+            end = info.header_offset + zipfile.sizeFileHeader + info.compress_size  # type: ignore[attr-defined]
+            if info.is_dir() and not info.file_size:
+                continue
+            if info.file_size <= MAX_FILE_BYTES:
+                inflated += info.file_size
+            _require_in_proportion(inflated, end)
+            yield info.filename, partial(_zip_content, archive, info)
+
+
+def _zip_content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Content:
+    if info.flag_bits & 0x41:
+        return reject("archive-encrypted")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return reject("archive-compression")
+    if info.create_system == _UNIX and stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+        return reject("archive-link")
+    if info.file_size > MAX_FILE_BYTES:
+        return reject("too-large")
+    try:
+        with archive.open(info) as stream:
+            content = _read(stream.read, info.file_size + 1)
+    except _BROKEN:
+        return reject("broken-member")
+    return _unpacked(content) if len(content) == info.file_size else reject("broken-member")
+
+
+# --- streams --------------------------------------------------------------------------------------------------
+
+
+class _Stream(Protocol):
+    """What is read once, from front to back; `read` gives no bytes at the end alone, and fewer than asked anywhere."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def skip(self, size: int) -> None: ...
+    def tell(self) -> int: ...
+
+
+class _Plain:
+    """A stream that passes what is skipped without fetching it."""
+
+    def __init__(self, source: _ReadAhead) -> None:
+        self._source = source
+        self.read, self.tell = source.read, source.tell
+
+    def skip(self, size: int) -> None:
+        self._source.seek(size, io.SEEK_CUR)
+
+
+class _Inflated:
+    """The content of a gzip file of one or more parts. Raises zlib.error, EOFError, ScanError (archive-bomb)."""
+
+    def __init__(self, source: _ReadAhead) -> None:
+        self._source, self._at, self._parts = source, 0, 0
+        self._part, self._packed = zlib.decompressobj(wbits=31), b""
+
+    def read(self, size: int) -> bytes:
+        while not self._part.eof or self._begin_part():
+            packed = self._part.unconsumed_tail or self._packed or self._source.read(_GZIP_PIECE)
+            piece, self._packed = self._part.decompress(packed, size), b""
+            self._at += len(piece)
+            _require_in_proportion(self._at, self._source.tell())
+            if piece:
+                return piece
+            if not packed and not self._part.eof:
+                raise EOFError
+        return b""
+
+    def _begin_part(self) -> bool:
+        """Whether another part follows, perhaps after a padding of zeros."""
+        rest = self._part.unused_data
+        while not rest.strip(b"\0"):
+            rest = self._source.read(_GZIP_PIECE)
+            if not rest:
+                return False
+        self._part, self._packed = zlib.decompressobj(wbits=31), rest.lstrip(b"\0")
+        self._parts += 1
+        if self._parts > MOST_MEMBERS:
+            raise reject("archive-bomb")
+        return True
+
+    def skip(self, size: int) -> None:
+        while size > 0:
+            piece = self.read(min(size, _PIECE))
+            if not piece:
+                raise EOFError
+            size -= len(piece)
+
+    def tell(self) -> int:
+        return self._at
 
 
 class _Ranged(io.RawIOBase):
-    """An object of a store as a readable stream: each read is one retried range request."""
+    """An object of a store as a file: each read is one retried range request.
+
+    With a `limit`, a ScanError (archive-bomb) is raised once so many bytes are read.
+    """
 
     def __init__(self, store: Store, key: str, size: int) -> None:
         super().__init__()
         self._store, self._key, self._size, self._at = store, key, size, 0
+        self.limit: int | None = None
 
     def readable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return True
+
     def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), self._size - self._at)
+        length = max(min(len(buffer), self._size - self._at), 0)
+        if self.limit is not None:
+            self.limit -= length
+            if self.limit < 0:
+                raise reject("archive-bomb")
         buffer[:length] = self._store.read_range(self._key, self._at, length)
         self._at += length
         return length
 
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if at < 0:
+            raise OSError("before the start")
+        self._at = at
+        return at
 
-class _StrictTarInfo(tarfile.TarInfo):
-    """A header that is damaged, cut or missing is an error, also after the first one."""
 
-    @classmethod
-    def fromtarfile(cls, tarfile: TarFile) -> _StrictTarInfo:
-        try:
-            return super().fromtarfile(tarfile)
-        except EOFHeaderError:
-            raise
-        except HeaderError as error:
-            raise ReadError("damaged header") from error
+_ReadAhead: TypeAlias = "io.BufferedReader[_Ranged]"
