@@ -51,7 +51,7 @@ CODES: Mapping[str, str] = {
     "attribute-out-of-range": "a number lies outside the range that the recipe declares",
     "attribute-not-a-number": "text stands where the recipe declares a number",
     "no-table-row": "the table has no row for this file",
-    "ambiguous-table-row": "the table has several rows for this file, and they differ",
+    "ambiguous-table-row": "the table has several rows for this file that differ, or one row for several files",
 }
 """Code -> the reason that the quarantine table gives."""
 
