@@ -25,7 +25,7 @@ from scanloom.audit.side_by_side import compare
 from scanloom.embedded_s3 import EmbeddedS3
 from scanloom.errors import RecipeError
 from scanloom.overview import how_many
-from scanloom.recipe import DicomTarSource, Recipe, load_recipe
+from scanloom.recipe import DicomSource, Recipe, load_recipe
 from scanloom.scans.phantom_archive import phantom_archive
 from scanloom.store import Store
 
@@ -52,8 +52,8 @@ def demo(options: argparse.Namespace) -> None:
 def _buckets(recipe: Recipe) -> set[str]:
     """The buckets of the store and of the scans. RecipeError where the demo's S3 server cannot hold them."""
     source = recipe.prepare.source if recipe.prepare else None
-    if not isinstance(source, DicomTarSource):
-        raise RecipeError("the demo puts its scans into prepare.source, as DICOM in tar shards; leave it dicom-tar")
+    if not isinstance(source, DicomSource):
+        raise RecipeError("the demo puts its scans into prepare.source, as DICOM in tar shards; leave its kind dicom")
     for uri in (recipe.store, source.uri):
         if not uri.startswith("s3://"):
             raise RecipeError(f"{uri}: the demo brings an S3 server of its own; set an s3://BUCKET/FOLDER instead")
@@ -103,7 +103,7 @@ def _run_all(recipe: Recipe, options: argparse.Namespace) -> None:
 def _put_scans(recipe: Recipe, scans: int) -> str:
     """Where the phantom scans are: DICOM tar shards with fake patient data and some bad files."""
     assert recipe.prepare is not None
-    assert isinstance(recipe.prepare.source, DicomTarSource)  # `_buckets` refuses others
+    assert isinstance(recipe.prepare.source, DicomSource)  # `_buckets` refuses others
     store, size_px = Store(recipe.prepare.source.uri), recipe.prepare.size_px
     with console.progress("phantoms", scans, "scans") as advance:
         phantom_archive(store, scans, seed=recipe.seed, size_px=size_px, bad_files=BAD_FILES, wrote=advance)

@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray.data
@@ -20,22 +20,22 @@ from scanloom import console
 from scanloom.artefact import Artefact, find_artefact, publish
 from scanloom.errors import RecipeError, ScanloomError
 from scanloom.recipe import Recipe
+from scanloom.scans.corpus_plan import CurationPlan, claim, plan_curation
 from scanloom.scans.curate import (
-    CurationPlan,
     clean,
     duplicates,
     finished_statistics,
-    plan_curation,
     rejections,
     settle_unit,
     stage_unit,
     staged,
     too_few_left,
 )
+from scanloom.scans.near_duplicates import report_near_duplicates
 from scanloom.scans.quarantine import CODES
 from scanloom.scans.sources import locate
 from scanloom.scans.tally import SPLITS
-from scanloom.shards.commit import ShardCommit, begin, committed
+from scanloom.shards.commit import ShardCommit, committed
 from scanloom.store import Store
 
 # A driver that tracks more tasks than this spends its time on them; units then share a task.
@@ -43,73 +43,71 @@ MOST_TASKS = 2000
 
 
 def prepare(recipe: Recipe) -> None:
-    """Make the recipe's corpus, or what is left of it."""
+    """Make the recipe's corpus, what is left of it, or its next version where the source has grown."""
     started = time.monotonic()
     Store(recipe.store).require_bucket()
     plan = plan_curation(recipe)
     corpus = plan.curation.store
     corpus.require_writable()
-    begin(corpus, "corpus", plan.curation.plan)
+    claim(plan)
     finished = find_artefact(corpus.uri, "corpus")
     if finished is None:
         with connected():
             _settle(plan, _stage(plan))
     artefact = finished or _publish(plan, recipe)
     clean(plan.curation)
-    _report(artefact, "was finished before" if finished else f"{time.monotonic() - started:.0f} s")
+    _report(artefact, plan, recipe, "was finished before" if finished else f"{time.monotonic() - started:.0f} s")
 
 
 def _stage(plan: CurationPlan) -> dict[int, ShardCommit]:
-    """Read every unit that is not staged yet; all the staged shards."""
-    present = staged(plan.curation)
-    rows = [{"unit": unit.model_dump_json()} for unit in plan.units if unit.index not in present]
-    with console.progress("read", len(plan.units), "units", done=len(present)) as advance:
-        totals: Counter[str] = Counter()
-        for result in _distributed(rows, stage_unit, plan):
-            totals.update(scans=result["scans"], rejected=result["rejected"])
-            advance(1, **totals)
+    """Read every unit that is not staged yet, or take it over from the version before; all the staged shards."""
+    present = staged(plan.curation).keys()
+    missing = [unit for unit in plan.units if unit.index not in present]
+    rows = [{"unit": unit.model_dump_json(), "taken_over": plan.taken_over_json(unit.index)} for unit in missing]
+    _distribute("read", rows, stage_unit, plan)
     return staged(plan.curation)
 
 
 def _settle(plan: CurationPlan, shards: Mapping[int, ShardCommit]) -> None:
     """Commit every shard that is not yet, without the scans that are duplicates of earlier ones."""
     losers = duplicates(shards)
-    rejected = rejections(shards, losers)
-    if refusal := too_few_left(shards.values(), rejected, plan.section.max_rejected_share):
-        _show_quarantine(rejected)
+    if refusal := too_few_left(shards, losers, plan.section.max_rejected_share):
+        _show_quarantine(rejections(shards, losers))
         raise ScanloomError(refusal)
-    present = committed(plan.curation.store, plan.curation.plan)
-    rows = [
-        {"staged": shard.model_dump_json(), "losers": losers.get(unit, [])}
-        for unit, shard in shards.items()
-        if unit not in present
-    ]
-    with console.progress("commit", len(shards), "shards", done=len(present)) as advance:
-        for _ in _distributed(rows, settle_unit, plan):
-            advance(1)
+    missing = shards.keys() - committed(plan.curation.store, plan.curation.plan).keys()
+    rows = [{"staged": shards[unit].model_dump_json(), "losers": losers.get(unit, [])} for unit in sorted(missing)]
+    _distribute("commit", rows, settle_unit, plan)
 
 
-def _distributed(
-    rows: Sequence[Mapping[str, Any]], work: Callable[..., dict[str, int]], plan: CurationPlan
-) -> Iterator[dict[str, Any]]:
-    """The results of a function of the library on each row, as Ray's workers finish them."""
+def _distribute(
+    what: str, rows: Sequence[Mapping[str, Any]], work: Callable[..., dict[str, int]], plan: CurationPlan
+) -> None:
+    """Run a function of the library on each row on Ray's workers; it returns counts for the progress line."""
     if not rows:
-        return iter(())
+        return
     units: ray.data.Dataset = ray.data.from_items(list(rows), override_num_blocks=min(len(rows), MOST_TASKS))
     pool = ray.data.TaskPoolStrategy(size=min(plan.section.workers, len(rows)))
-    return iter(units.map(work, fn_kwargs={"curation": plan.curation}, num_cpus=1, compute=pool).iter_rows())
+    done = units.map(work, fn_kwargs={"curation": plan.curation}, num_cpus=1, compute=pool)
+    totals: Counter[str] = Counter()
+    with console.progress(what, len(plan.listing.units), "units", done=len(plan.listing.units) - len(rows)) as advance:
+        for counts in done.iter_rows():
+            totals.update(counts)
+            advance(1, **totals)
 
 
 def _publish(plan: CurationPlan, recipe: Recipe) -> Artefact:
-    commits = committed(plan.curation.store, plan.curation.plan)
+    store = plan.curation.store
+    commits = committed(store, plan.curation.plan)
+    pairs, counts = report_near_duplicates(store, commits.values(), plan.section.near_duplicate_bits)
+    files = [file for commit in commits.values() for file in commit.files.values()]
+    statistics = finished_statistics(commits.values(), plan.curation) | counts | {"version": plan.version}
     return publish(
-        plan.curation.store, kind="corpus", name=recipe.name, recipe=recipe.model_dump(mode="json"),
-        inputs=[plan.source], files=[file for commit in commits.values() for file in commit.files.values()],
-        statistics=finished_statistics(commits.values(), plan.curation),
+        store, kind="corpus", name=recipe.name, recipe=recipe.model_dump(mode="json"), inputs=plan.lineage,
+        files=[*files, *pairs], statistics=statistics,
     )  # fmt: skip
 
 
-def _report(corpus: Artefact, how: str) -> None:
+def _report(corpus: Artefact, plan: CurationPlan, recipe: Recipe, how: str) -> None:
     statistics = corpus.manifest.statistics
     rows = [
         (split, f"{corpus.uri}/{split}", statistics["scans"][split], statistics["patients"][split]) for split in SPLITS
@@ -119,6 +117,8 @@ def _report(corpus: Artefact, how: str) -> None:
     console.result_table(title, ("what", "where", "scans", "patients"), rows)
     if statistics["quarantined"]:
         _show_quarantine(statistics["quarantined"])
+    for remark in plan.remarks(statistics, recipe.corpus_version):
+        console.show(remark)
 
 
 def _show_quarantine(rejected: Mapping[str, int]) -> None:
@@ -131,7 +131,7 @@ def _locate(recipe: Recipe, place: str) -> None:
     plan = plan_curation(recipe)
     try:
         unit, member = (int(part) for part in place.split(":"))
-        name = locate(plan.curation.source, plan.units[unit], member)
+        name = locate(plan.curation.source, plan.unit(unit), member)
     except (ValueError, IndexError) as error:
         raise RecipeError(f"--locate {place}: expected UNIT:MEMBER as the quarantine table gives them") from error
     console.result_table(f"unit {unit}, member {member}", ("source",), [(name,)])

@@ -92,7 +92,7 @@ def test_an_override_that_leaves_no_place_for_the_scans_is_one_line(tmp_path: Pa
     done = _run(tmp_path, "--set", "prepare.source={kind: phantoms}")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "dicom-tar" in done.stderr
+    assert "kind dicom" in done.stderr
 
 
 @pytest.mark.parametrize("key", ["store", "prepare.source.uri"])

@@ -46,11 +46,15 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One object of a listing; `modified` in seconds since 1970 by the store's clock."""
+    """One object of a listing; `modified` in seconds since 1970 by the store's clock.
+
+    `version` changes when the content may have changed: the ETag, or a file's time of modification.
+    """
 
     key: str
     bytes: int
     modified: float
+    version: str
 
 
 class StoredFile(NamedTuple):
@@ -120,6 +124,9 @@ class Folder:
             _persist(half)
             half.replace(target)
 
+    def copy(self, key: str, to: str) -> None:
+        self.upload(self.root / key, to)
+
     def exists(self, key: str) -> bool:
         with os_errors(self.path(key)):
             return (self.root / key).is_file()
@@ -127,7 +134,9 @@ class Folder:
     def list(self, prefix: str) -> list[ObjectInfo]:
         with os_errors(self.path(prefix)):
             return [
-                ObjectInfo(file.relative_to(self.root).as_posix(), status.st_size, status.st_mtime)
+                ObjectInfo(
+                    file.relative_to(self.root).as_posix(), status.st_size, status.st_mtime, str(status.st_mtime_ns)
+                )
                 for file in (self.root / prefix).rglob("*")
                 if (status := _file_status(file)) is not None
             ]
@@ -245,6 +254,10 @@ class Bucket:
         with self._errors(key), source.open("rb") as stream:
             self._s3.upload_fileobj(stream, self.name, self._key(key), Config=_MULTIPART)
 
+    def copy(self, key: str, to: str) -> None:
+        with self._errors(key):
+            self._s3.copy({"Bucket": self.name, "Key": self._key(key)}, self.name, self._key(to), Config=_MULTIPART)
+
     def exists(self, key: str) -> bool:
         with self._errors(key):
             try:
@@ -262,7 +275,9 @@ class Bucket:
         with self._errors(prefix):
             pages = self._s3.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=folder)
             return [
-                ObjectInfo(found["Key"][cut:], found["Size"], found["LastModified"].timestamp())
+                ObjectInfo(
+                    found["Key"][cut:], found["Size"], found["LastModified"].timestamp(), found["ETag"].strip('"')
+                )
                 for page in pages
                 for found in page.get("Contents", [])
                 if not found["Key"].endswith("/")  # directory markers of pyarrow and Ray

@@ -24,10 +24,12 @@ RESERVED_COLUMNS = frozenset(
         "id", "index", "image", "patient", "study", "split", "seed", "solver", "steps", "guidance_scale", "generator",
         "width", "height", "bits_stored", "spacing_mm", "mean", "logvar", "unit", "member", "sop_instance_uid",
         "dicom_shard", "dicom_offset", "dicom_length", "share", "count", "attributes", "cell", "mean_intensity",
-        "frame", "window", "value_low", "value_high", "value_unit", "orientation", "direction", "position_mm", "repairs",
-        "text_lines", "fingerprint",
+        "frame", "window", "value_low", "value_high", "value_unit", "orientation", "direction", "position_mm",
+        "repairs", "text_lines", "fingerprint",
     }
 )  # fmt: skip
+
+_OF_ONE_CORPUS = frozenset({"corpus", "autoencoder", "latents", "generator"})
 
 # YAML 1.1 reads 1e-5 as a string; people write learning rates so.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -438,6 +440,8 @@ class Recipe(Section):
     store: str
     """Root of every artefact this recipe makes: `s3://bucket/prefix` or a local folder."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    corpus_version: Count = 1
+    """Which version of a corpus whose source has grown; `scanloom prepare` makes the next and says its number."""
     attributes: Annotated[tuple[AttributeDeclaration, ...], Field(min_length=1)]
     prepare: Prepare | None = None
     autoencoder: Autoencoder = Autoencoder()
@@ -463,8 +467,12 @@ class Recipe(Section):
         return self
 
     def uri(self, artefact: str) -> str:
-        """URI of an artefact folder of this recipe, e.g. `uri("corpus")`."""
-        return f"{self.store.rstrip('/')}/{artefact}"
+        """URI of an artefact folder of this recipe, e.g. `uri("corpus")`.
+
+        The corpus, and what is made of it under a fixed name, has its version in its name from the second on.
+        """
+        versioned = artefact in _OF_ONE_CORPUS and self.corpus_version > 1
+        return f"{self.store.rstrip('/')}/{artefact}" + (f"-v{self.corpus_version}" if versioned else "")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

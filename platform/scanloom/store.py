@@ -136,6 +136,14 @@ class Store:
                 time.sleep(0.05 * 2**attempt)
         raise StoreError(f"{self.uri_of(key)}: refused as existing, yet it cannot be read", retryable=True)
 
+    def put(self, key: str, file: Path) -> None:
+        """Write or replace an object from a local file, whole or not at all, without holding it in memory."""
+        self._backend.upload(file, _checked(key))
+
+    def copy(self, key: str, to: str) -> None:
+        """Write or replace the object `to` with the content of `key`, inside the store."""
+        self._backend.copy(_checked(key), _checked(to))
+
     def exists(self, key: str) -> bool:
         return self._backend.exists(_checked(key))
 

@@ -1,32 +1,38 @@
 """Curation: from the units of a source to the shards of a corpus, each exactly once, whoever dies on the way.
 
 Two steps, since an instance may occur in two units and no unit knows the others. `stage_unit` reads one unit, uploads
-its shard and records it under `staging/`, create-only. When all units are staged, `duplicates` says which scans lose
-(the first in unit and member order wins, whatever finished first), and `settle_unit` commits each shard: as it is, or
-written again without its losers. A run that is killed anywhere finds what is staged and what is committed.
+its shard and records it under `staging/`, create-only. When
+all units are staged, `duplicates` says which scans lose (the first in unit, member and frame order wins, whatever
+finished first), and `settle_unit` commits each shard: as it is, or written again without its losers. A run that is
+killed anywhere finds what is staged and what is committed.
 """
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+import pyarrow.parquet as pq
 
-from scanloom.artefact import Lineage, canonical_json, plan_digest
-from scanloom.attributes import AttributeSchema
 from scanloom.errors import RecipeError, ScanError, ScanloomError
-from scanloom.recipe import PhantomSource, Prepare, Recipe, Source, Split
-from scanloom.scans.deidentify import Actions, Pseudonyms, pseudonyms_from_environment
+from scanloom.recipe import Split
+from scanloom.scans.burned_in import text_lines
+from scanloom.scans.corpus_plan import STAGING, Curation, pseudonyms_of
+from scanloom.scans.deidentify import Actions
+from scanloom.scans.fingerprint import fingerprint
+from scanloom.scans.isolation import Fence
 from scanloom.scans.quarantine import reject
-from scanloom.scans.resize import Resize, fit
-from scanloom.scans.sources import Context, Scan, Unit, list_units, read_unit
+from scanloom.scans.resize import fit
+from scanloom.scans.scan import Context, Scan
+from scanloom.scans.sources import read_unit
 from scanloom.scans.tally import QUARANTINE, SPLITS, corpus_statistics, shard_tally
+from scanloom.scans.units import Unit
 from scanloom.shards.commit import (
     ShardCommit,
     ShardPart,
@@ -36,105 +42,13 @@ from scanloom.shards.commit import (
     committed,
     upload_parts,
 )
-from scanloom.shards.reader import read_parquet
 from scanloom.shards.schemas import QUARANTINE_SCHEMA, corpus_schema
-from scanloom.shards.writer import parquet_bytes, png_bytes
+from scanloom.shards.writer import ParquetSpool, png_bytes
 from scanloom.store import Store
 
-FORMAT = 1
-"""Raised whenever the same scans would come out as other bytes."""
-STAGING = "staging"
-
-
-class Curation(BaseModel):
-    """What a worker needs to curate any unit of a plan; the pseudonym key comes from its environment."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    corpus: str
-    source: Source
-    attributes: AttributeSchema
-    size_px: int
-    resize: Resize
-    split: Split
-    seed: int
-    key_fingerprint: str
-    plan: str
-
-    @property
-    def store(self) -> Store:
-        return Store(self.corpus)
-
-
-@dataclass(frozen=True)
-class CurationPlan:
-    """All the units of a corpus, and how they are curated; `source` identifies what is read, not where it lies."""
-
-    curation: Curation
-    section: Prepare
-    units: tuple[Unit, ...]
-    source: Lineage
-
-
-# --- planning -------------------------------------------------------------------------------------------------
-
-
-def plan_curation(recipe: Recipe) -> CurationPlan:
-    """List the source and fix everything that determines the corpus; its digest is the plan's.
-
-    Raises RecipeError: no prepare section, an empty source, no pseudonym key, attributes the source cannot give.
-    """
-    section = _section(recipe)
-    schema = AttributeSchema(declarations=recipe.attributes)
-    source = _anywhere(section.source)
-    _require_apart(recipe, source)
-    pseudonyms = pseudonyms_of(source)
-    units = tuple(list_units(source, schema))
-    # Keyed, since object names may hold identifiers that could be guessed from a plain hash.
-    content = canonical_json([unit.model_dump(mode="json") for unit in units])
-    digest = pseudonyms.digest("units", content)
-    rules = section.model_dump(mode="json", include={"size_px", "resize", "split"})
-    plan = plan_digest(
-        "corpus", FORMAT, digest, rules, schema.model_dump(mode="json"), pseudonyms.fingerprint, recipe.seed
-    )
-    curation = Curation(
-        corpus=Store(recipe.uri("corpus")).uri,
-        source=source,
-        attributes=schema,
-        size_px=section.size_px,
-        resize=section.resize,
-        split=section.split,
-        seed=recipe.seed,
-        key_fingerprint=pseudonyms.fingerprint,
-        plan=plan,
-    )
-    uri = "" if isinstance(source, PhantomSource) else source.uri
-    return CurationPlan(curation, section, units, Lineage(role="source", kind=source.kind, uri=uri, digest=digest))
-
-
-def _section(recipe: Recipe) -> Prepare:
-    if recipe.prepare is None:
-        raise RecipeError(f"recipe {recipe.name}: has no 'prepare' section; it says where the scans are")
-    return recipe.prepare
-
-
-def _anywhere(source: Source) -> Source:
-    """The source with paths that mean the same in every worker's folder."""
-    places = {name: Store(getattr(source, name)).uri for name in ("uri", "table") if hasattr(source, name)}
-    return source.model_copy(update=places)
-
-
-def _require_apart(recipe: Recipe, source: Source) -> None:
-    if not isinstance(source, PhantomSource) and f"{Store(recipe.store).uri}/".startswith(f"{source.uri}/"):
-        raise RecipeError(
-            f"store {recipe.store}: lies inside prepare.source.uri {source.uri}, so that a second run would read "
-            "what the first one wrote; choose another folder"
-        )
-
-
-def pseudonyms_of(source: Source) -> Pseudonyms:
-    """The pseudonyms for a source's patients; phantoms are nobody and need no secret."""
-    return Pseudonyms(b"phantoms are nobody") if isinstance(source, PhantomSource) else pseudonyms_from_environment()
+_TABLES = (*SPLITS, QUARANTINE)
+_ROW_BYTES = 512
+"""About what a row weighs beside its image."""
 
 
 # --- the work on one unit -------------------------------------------------------------------------------------
@@ -143,63 +57,108 @@ def pseudonyms_of(source: Source) -> Pseudonyms:
 def stage_unit(row: Mapping[str, Any], curation: Curation) -> dict[str, int]:
     """Curate the unit in `row["unit"]` (JSON) and stage its shard; counts of scans kept and refused.
 
+    Where `row["taken_over"]` is the shard of the version that this corpus grows from, that is copied and nothing read.
+
     Raises RecipeError where this worker's pseudonym key is not the plan's, StoreError where a store fails.
     """
     unit = Unit.model_validate_json(row["unit"])
     staging = curation.store.at(STAGING)
     # A task that is run again after its commit has nothing left to do.
-    if not staging.exists(commit_key(unit.index)):
-        tables, actions = curate_unit(unit, curation)
-        _stage(staging, unit, tables, actions, curation)
-        return _counts(unit.index, tables)
-    return {"unit": unit.index, "scans": 0, "rejected": 0}
+    if staging.exists(commit_key(unit.index)):
+        return {"scans": 0, "rejected": 0}
+    if row["taken_over"]:
+        return _take_over(ShardCommit.model_validate_json(row["taken_over"]), staging, curation)
+    with curated_unit(unit, curation, fenced=_tried_before(staging, unit)) as (spooled, actions):
+        _stage(staging, unit, spooled, actions, curation)
+        rejected = pq.read_metadata(spooled[QUARANTINE]).num_rows if QUARANTINE in spooled else 0
+        rows = sum(pq.read_metadata(path).num_rows for path in spooled.values())
+        return {"scans": rows - rejected, "rejected": rejected}
 
 
-def curate_unit(unit: Unit, curation: Curation) -> tuple[dict[str, pa.Table], Actions]:
-    """The unit's scans by split and its quarantine as tables (none of them empty), and what was done to its headers.
+def _tried_before(staging: Store, unit: Unit) -> bool:
+    """Whether an attempt at this unit was made and did not come to its end; from now on one is."""
+    mark = f"attempts/unit-{unit.index:06d}"
+    tried = staging.exists(mark)
+    if not tried:
+        staging.write(mark, b"")
+    return tried
 
-    A whole unit's curated scans are held in memory: archives of more than a few GB should be cut.
+
+@contextmanager
+def curated_unit(unit: Unit, curation: Curation, *, fenced: bool = False) -> Iterator[tuple[dict[str, Path], Actions]]:
+    """The unit's scans by split and its quarantine as local Parquet files, and what was done to its headers.
+
+    However many scans the unit has, one row group of each table is in memory. Tables without rows have no file; the
+    files are gone at the end. `fenced` reads in another process, which a file may take down with it.
     """
-    context = _context(curation)
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*SPLITS, QUARANTINE)}
     actions: Actions = Counter()
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(prefix="scanloom-") as folder, warnings.catch_warnings(), ExitStack() as stack:
+        context = _context(curation, stack.enter_context(Fence()) if fenced else None)
         # pydicom warns in the words of the header.
         warnings.simplefilter("ignore")
-        for member, found in read_unit(curation.source, unit, context):
-            if isinstance(found, ScanError):
-                rows[QUARANTINE].append(_quarantine_row(unit.index, unit.name, member, found))
-                continue
-            actions.update(found.subject.actions)
-            split = _split_of(context.pseudonyms.share(found.subject.patient), curation.split)
-            rows[split].append(_corpus_row(unit, member, found, curation))
-    schema = corpus_schema(curation.attributes)
-    return {
-        name: pa.Table.from_pylist(r, schema=QUARANTINE_SCHEMA if name == QUARANTINE else schema)
-        for name, r in rows.items()
-        if r
-    }, actions
+        tables = _Tables(Path(folder), curation)
+        for member, frame, found in read_unit(curation.source, unit, context):
+            if isinstance(found, Scan):
+                try:
+                    tables.add(
+                        _split_of(context, found, curation.split), _corpus_row(unit, member, frame, found, curation)
+                    )
+                    actions.update(found.subject.actions)
+                    continue
+                except ScanError as error:
+                    found = error
+            tables.add(QUARANTINE, _quarantine_row(unit.index, unit.name, member, frame, found))
+        yield tables.close(), actions
 
 
-def _context(curation: Curation) -> Context:
+class _Tables:
+    """The tables of a shard while they grow on local disk."""
+
+    def __init__(self, folder: Path, curation: Curation) -> None:
+        self._folder = folder
+        self._schema = corpus_schema(curation.attributes)
+        self._spools: dict[str, ParquetSpool] = {}
+
+    def __getitem__(self, name: str) -> ParquetSpool:
+        if name not in self._spools:
+            schema = QUARANTINE_SCHEMA if name == QUARANTINE else self._schema
+            self._spools[name] = ParquetSpool(self._folder / f"{name}.parquet", schema)
+        return self._spools[name]
+
+    def add(self, name: str, row: Mapping[str, Any]) -> None:
+        self[name].append(row, _ROW_BYTES + (len(row["image"]["bytes"]) if "image" in row else 0))
+
+    def close(self) -> dict[str, Path]:
+        """The files of the tables that have rows."""
+        for spool in self._spools.values():
+            spool.close()
+        return {name: self._spools[name].path for name in _TABLES if name in self._spools and self._spools[name].rows}
+
+
+def _context(curation: Curation, fence: Fence | None) -> Context:
     pseudonyms = pseudonyms_of(curation.source)
     if pseudonyms.fingerprint != curation.key_fingerprint:
         raise RecipeError(
             "this worker's SCANLOOM_PSEUDONYM_KEY is not the one the run was planned with; set the same key everywhere"
         )
-    return Context(curation.attributes, pseudonyms, curation.seed, curation.size_px)
+    return Context(curation.attributes, pseudonyms, curation.decode, curation.seed, curation.size_px, fence)
 
 
-def _split_of(share: float, split: Split) -> str:
+def _split_of(context: Context, scan: Scan, split: Split) -> str:
     """The holdout ends at 1 and takes its share from there, so that a corpus that grows keeps it."""
+    share = context.pseudonyms.share(scan.subject.patient)
     if share < split.train:
         return "train"
     return "validation" if share < 1.0 - split.holdout else "holdout"
 
 
-def _corpus_row(unit: Unit, member: int, scan: Scan, curation: Curation) -> dict[str, Any]:
+def _corpus_row(unit: Unit, member: int, frame: int | None, scan: Scan, curation: Curation) -> dict[str, Any]:
+    """The row of a scan. ScanError where text is seen in its pixels and the recipe does not want that."""
+    seen = None if curation.burned_in_text == "ignore" else len(text_lines(scan.image.pixels))
+    if seen and curation.burned_in_text == "quarantine":
+        raise reject("text-seen", "PixelData")
     square = fit(scan.image, curation.size_px, curation.resize)
-    subject = scan.subject
+    subject, rendering, geometry = scan.subject, scan.image.rendering, square.geometry
     return {
         "id": subject.id,
         "patient": subject.patient,
@@ -208,18 +167,30 @@ def _corpus_row(unit: Unit, member: int, scan: Scan, curation: Curation) -> dict
         "width": curation.size_px,
         "height": curation.size_px,
         "bits_stored": scan.image.bits_stored,
-        "spacing_mm": square.spacing_mm,
+        "spacing_mm": geometry.spacing_mm[0] if geometry.spacing_mm else None,
+        "window": rendering.choice,
+        "value_low": rendering.low,
+        "value_high": rendering.high,
+        "value_unit": rendering.unit or None,
+        "orientation": geometry.orientation or None,
+        "direction": geometry.direction,
+        "position_mm": geometry.position_mm,
+        "repairs": scan.image.repairs,
+        "text_lines": seen,
+        "fingerprint": fingerprint(square.pixels),
         "unit": unit.index,
         "member": member,
+        "frame": frame,
         **subject.attributes,
     }
 
 
-def _quarantine_row(unit: int, unit_name: str, member: int, error: ScanError) -> dict[str, Any]:
+def _quarantine_row(unit: int, unit_name: str, member: int, frame: int | None, error: ScanError) -> dict[str, Any]:
     return {
         "unit": unit,
         "unit_name": unit_name,
         "member": member,
+        "frame": frame,
         "code": error.code,
         "tag": error.tag,
         "reason": error.reason,
@@ -227,13 +198,14 @@ def _quarantine_row(unit: int, unit_name: str, member: int, error: ScanError) ->
 
 
 def _stage(
-    staging: Store, unit: Unit, tables: Mapping[str, pa.Table], actions: Actions, curation: Curation
+    staging: Store, unit: Unit, spooled: Mapping[str, Path], actions: Actions, curation: Curation
 ) -> ShardCommit:
+    tables = {name: _without_images(path) for name, path in spooled.items()}
     instances = [
-        [member, instance]
+        [row["member"], row["frame"], row["id"]]
         for split in SPLITS
         if split in tables
-        for member, instance in zip(tables[split]["member"].to_pylist(), tables[split]["id"].to_pylist(), strict=True)
+        for row in tables[split].select(["member", "frame", "id"]).to_pylist()
     ]
     performed: dict[str, dict[str, int]] = {}
     for (keyword, action), count in sorted(actions.items()):
@@ -241,7 +213,7 @@ def _stage(
     statistics = shard_tally(tables, curation.attributes) | {
         "name": unit.name,
         "deidentification": performed,
-        "instances": sorted(instances),
+        "instances": sorted(instances, key=_place),
     }
     return commit_uploaded(
         staging,
@@ -249,19 +221,41 @@ def _stage(
             shard=unit.index,
             plan=curation.plan,
             rows=len(instances),
-            files=upload_parts(curation.store, unit.index, _parts(tables)),
+            files=upload_parts(curation.store, unit.index, _parts(spooled)),
             statistics=statistics,
         ),
     )
 
 
-def _parts(tables: Mapping[str, pa.Table]) -> list[ShardPart]:
-    return [ShardPart(name, name, "parquet", parquet_bytes(table), table.num_rows) for name, table in tables.items()]
+def _place(instance: Sequence[Any]) -> tuple[int, int]:
+    """Member and frame of an instance; an object with a single frame has no other at its place."""
+    member, frame, _ = instance
+    return member, -1 if frame is None else frame
 
 
-def _counts(unit: int, tables: Mapping[str, pa.Table]) -> dict[str, int]:
-    rejected = tables[QUARANTINE].num_rows if QUARANTINE in tables else 0
-    return {"unit": unit, "scans": sum(t.num_rows for t in tables.values()) - rejected, "rejected": rejected}
+def _without_images(path: Path) -> pa.Table:
+    return pq.read_table(path, columns=[name for name in pq.read_schema(path).names if name != "image"])
+
+
+def _parts(spooled: Mapping[str, Path]) -> list[ShardPart]:
+    return [ShardPart(name, name, "parquet", path, pq.read_metadata(path).num_rows) for name, path in spooled.items()]
+
+
+def _take_over(shard: ShardCommit, staging: Store, curation: Curation) -> dict[str, int]:
+    root, old = _common_root(curation.grown_from, curation.corpus)
+    new = curation.corpus.removeprefix(f"{root.uri}/")
+    for file in shard.files.values():
+        root.copy(f"{old}/{file.path}", f"{new}/{file.path}")
+    commit_uploaded(staging, shard.model_copy(update={"plan": curation.plan}))
+    return {"scans": shard.rows, "rejected": sum(shard.statistics["quarantined"].values())}
+
+
+def _common_root(former: str, corpus: str) -> tuple[Store, str]:
+    """The store that holds both versions, and the folder of the former in it."""
+    root, _, folder = former.rpartition("/")
+    if corpus.rpartition("/")[0] != root:
+        raise ScanloomError(f"{corpus}: lies in another store than {former}, from which it grows")
+    return Store(root), folder
 
 
 # --- duplicates and the end -----------------------------------------------------------------------------------
@@ -272,20 +266,24 @@ def staged(curation: Curation) -> dict[int, ShardCommit]:
     return committed(curation.store.at(STAGING), curation.plan)
 
 
-def duplicates(shards: Mapping[int, ShardCommit]) -> dict[int, list[int]]:
-    """Unit -> members whose instance an earlier (unit, member) holds already."""
+def duplicates(shards: Mapping[int, ShardCommit]) -> dict[int, list[str]]:
+    """Unit -> places (`member` or `member/frame`) whose instance an earlier place holds already."""
     seen: set[str] = set()
-    losers: dict[int, list[int]] = {}
+    losers: dict[int, list[str]] = {}
     for unit in sorted(shards):
-        for member, instance in shards[unit].statistics["instances"]:
+        for member, frame, instance in shards[unit].statistics["instances"]:
             if instance in seen:
-                losers.setdefault(unit, []).append(member)
+                losers.setdefault(unit, []).append(_place_name(member, frame))
             seen.add(instance)
     return losers
 
 
-def rejections(shards: Mapping[int, ShardCommit], losers: Mapping[int, Sequence[int]]) -> Counter[str]:
-    """How many files each quarantine code has."""
+def _place_name(member: int, frame: int | None) -> str:
+    return str(member) if frame is None else f"{member}/{frame}"
+
+
+def rejections(shards: Mapping[int, ShardCommit], losers: Mapping[int, Sequence[str]]) -> Counter[str]:
+    """How many files or frames each quarantine code has."""
     counts: Counter[str] = Counter()
     for shard in shards.values():
         counts.update(shard.statistics["quarantined"])
@@ -293,48 +291,73 @@ def rejections(shards: Mapping[int, ShardCommit], losers: Mapping[int, Sequence[
     return +counts
 
 
-def too_few_left(shards: Iterable[ShardCommit], rejected: Counter[str], max_rejected_share: float) -> str | None:
-    """Why the run must stop, where too many files were refused or none is left; else None."""
+def too_few_left(
+    shards: Mapping[int, ShardCommit], losers: Mapping[int, Sequence[str]], max_rejected_share: float
+) -> str | None:
+    """Why the run must stop, where too many scans were refused or none is left; else None."""
+    rejected = rejections(shards, losers)
     refused = sum(rejected.values())
-    found = sum(shard.rows for shard in shards) + refused - rejected["duplicate"]
+    found = sum(shard.rows for shard in shards.values()) + refused - sum(map(len, losers.values()))
     if refused <= max_rejected_share * found and refused < found:
         return None
     reasons = ", ".join(f"{code} {count}" for code, count in rejected.most_common())
     return (
-        f"{refused} of {found} files were refused, more than prepare.max_rejected_share allows "
+        f"{refused} of {found} scans were refused, more than prepare.max_rejected_share allows "
         f"({max_rejected_share:g}): {reasons or 'there were none'}; docs/quarantine.md says what each code means"
     )
 
 
 def settle_unit(row: Mapping[str, Any], curation: Curation) -> dict[str, int]:
-    """Commit the staged shard in `row["staged"]` (JSON), without the members in `row["losers"]`."""
+    """Commit the staged shard in `row["staged"]` (JSON), without the places in `row["losers"]`; their count."""
     shard = ShardCommit.model_validate_json(row["staged"])
-    losers = [int(member) for member in row["losers"]]
+    losers = list(row["losers"])
     if curation.store.exists(commit_key(shard.shard)):
-        return {"unit": shard.shard, "duplicates": 0}
+        return {"duplicates": 0}
     if losers:
         shard = _without(shard, losers, curation)
-    statistics = {name: value for name, value in shard.statistics.items() if name != "instances"}
-    commit_uploaded(curation.store, shard.model_copy(update={"statistics": statistics}))
-    return {"unit": shard.shard, "duplicates": len(losers)}
+    commit_uploaded(curation.store, shard)
+    return {"duplicates": len(losers)}
 
 
-def _without(shard: ShardCommit, losers: Sequence[int], curation: Curation) -> ShardCommit:
-    """The shard written again with its losers in the quarantine."""
-    tables = {role: read_parquet(curation.store, entry) for role, entry in shard.files.items()}
-    refused = [_quarantine_row(shard.shard, shard.statistics["name"], m, reject("duplicate")) for m in losers]
-    quarantine = [tables.pop(QUARANTINE)] if QUARANTINE in tables else []
-    quarantine.append(pa.Table.from_pylist(refused, schema=QUARANTINE_SCHEMA))
-    kept = {split: t.filter(pa.array(~np.isin(t["member"].to_numpy(), losers))) for split, t in tables.items()}
-    left = {split: table for split, table in kept.items() if table.num_rows}
-    left[QUARANTINE] = pa.concat_tables(quarantine).sort_by("member")
-    return shard.model_copy(
-        update={
-            "rows": shard.rows - len(losers),
-            "files": upload_parts(curation.store, shard.shard, _parts(left)),
-            "statistics": shard.statistics | shard_tally(left, curation.attributes),
-        }
-    )
+def _without(shard: ShardCommit, losers: Sequence[str], curation: Curation) -> ShardCommit:
+    """The shard written again with its losers in the quarantine, row group by row group."""
+    lost = set(losers)
+    with tempfile.TemporaryDirectory(prefix="scanloom-") as folder:
+        here = Path(folder)
+        curation.store.fetch([file.path for file in shard.files.values()], here)
+        (here / "new").mkdir()
+        tables = _Tables(here / "new", curation)
+        refused = []
+        for split in SPLITS:
+            if split in shard.files:
+                _copy_rows(here / shard.files[split].path, tables[split], lost)
+        if QUARANTINE in shard.files:
+            refused = pq.read_table(here / shard.files[QUARANTINE].path).to_pylist()
+        for place in losers:
+            member, _, frame = place.partition("/")
+            why = reject("duplicate")
+            name = shard.statistics["name"]
+            refused.append(_quarantine_row(shard.shard, name, int(member), int(frame) if frame else None, why))
+        for row in sorted(refused, key=lambda row: _place((row["member"], row["frame"], ""))):
+            tables.add(QUARANTINE, row)
+        left = tables.close()
+        kept = [i for i in shard.statistics["instances"] if _place_name(i[0], i[1]) not in lost]
+        without_images = {name: _without_images(path) for name, path in left.items()}
+        return shard.model_copy(
+            update={
+                "rows": shard.rows - len(losers),
+                "files": upload_parts(curation.store, shard.shard, _parts(left)),
+                "statistics": shard.statistics | shard_tally(without_images, curation.attributes) | {"instances": kept},
+            }
+        )
+
+
+def _copy_rows(source: Path, sink: ParquetSpool, lost: set[str]) -> None:
+    with pq.ParquetFile(source) as parquet:
+        for group in range(parquet.num_row_groups):
+            rows = parquet.read_row_group(group)
+            places = rows.select(["member", "frame"]).to_pylist()
+            sink.append_table(rows.filter(pa.array([_place_name(p["member"], p["frame"]) not in lost for p in places])))
 
 
 def finished_statistics(commits: Iterable[ShardCommit], curation: Curation) -> dict[str, Any]:

@@ -11,17 +11,19 @@ text is refused, overlays and everything beside the image's own bits are not rea
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import hmac
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydicom import uid
 from pydicom.datadict import dictionary_VR, keyword_dict, keyword_for_tag, tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.tag import BaseTag
 
 from scanloom.attributes import AttributeSchema, Value
 from scanloom.errors import RecipeError
@@ -32,7 +34,7 @@ _MAKE_KEY = f"export {KEY_VARIABLE}=$(python -c 'import secrets; print(secrets.t
 _SHORTEST_KEY = 32
 
 Actions = Counter[tuple[str, str]]
-"""(DICOM keyword or column, action) -> how often. Actions: parsed, withheld, pseudonymised, used, removed."""
+"""(DICOM tag and keyword, or column; action) -> how often. Actions: parsed, withheld, pseudonymised, used, removed."""
 
 # What decoding reads of a header; it shapes the pixels and is then gone.
 _PIXEL_MODULE = frozenset(
@@ -41,6 +43,12 @@ _PIXEL_MODULE = frozenset(
         "SamplesPerPixel", "NumberOfFrames", "PhotometricInterpretation", "PixelPaddingValue",
         "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence",
         "VOILUTFunction", "WindowCenter", "WindowWidth", "PixelSpacing", "ImagerPixelSpacing",
+        "PlanarConfiguration", "PixelAspectRatio", "NominalScannedPixelSpacing", "ImageOrientationPatient",
+        "ImagePositionPatient", "PatientOrientation", "SharedFunctionalGroupsSequence", "RescaleType",
+        "PerFrameFunctionalGroupsSequence", "FloatPixelData", "DoubleFloatPixelData",
+        "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor",
+        "BluePaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData",
+        "GreenPaletteColorLookupTableData", "BluePaletteColorLookupTableData",
         "PresentationIntentType", "SOPClassUID", "Modality", "BurnedInAnnotation", "RecognizableVisualFeatures",
     }
 )  # fmt: skip
@@ -101,6 +109,16 @@ class Subject:
     study: str
     attributes: Mapping[str, Value]
     actions: Actions = field(repr=False)
+
+    def of_frame(self, frame: int | None, pseudonyms: Pseudonyms) -> Subject:
+        """The subject of one frame of a multi-frame object, under an id of its own; of the object itself for None.
+
+        What was done to the header is counted once, with the first frame.
+        """
+        if frame is None:
+            return self
+        own = pseudonyms.of("frame", f"{self.id} {frame}")
+        return replace(self, id=own, actions=self.actions if frame == 0 else Counter())
 
 
 # --- DICOM headers --------------------------------------------------------------------------------------------
@@ -193,11 +211,23 @@ def _attribute_actions(
 
 
 def _header_actions(dataset: Dataset, parsed: Mapping[str, str]) -> Actions:
-    actions: Actions = Counter()
-    for tag in dataset.keys():  # noqa: SIM118 - a Dataset iterates over decoded elements, its keys are free
-        keyword = "(private)" if tag.is_private else keyword_for_tag(tag) or "(unknown)"
-        actions[keyword, _action(keyword, parsed)] += 1
+    # A Dataset iterates over decoded elements, its keys are free.
+    actions: Actions = Counter((_tag_name(tag), _action(keyword_of(tag), parsed)) for tag in dataset.keys())  # noqa: SIM118
     return actions
+
+
+@functools.lru_cache(maxsize=8192)
+def keyword_of(tag: BaseTag) -> str:
+    """The DICOM keyword of a tag; empty for private and unknown ones."""
+    return "" if tag.is_private else keyword_for_tag(tag)
+
+
+@functools.lru_cache(maxsize=8192)
+def _tag_name(tag: BaseTag) -> str:
+    """A tag as the report names it; private ones all alike, since their numbers can tell a device."""
+    if tag.is_private:
+        return "(private)"
+    return f"({tag.group:04X},{tag.element:04X}) {keyword_of(tag)}".strip()
 
 
 def _action(keyword: str, parsed: Mapping[str, str]) -> str:
@@ -210,9 +240,15 @@ def _action(keyword: str, parsed: Mapping[str, str]) -> str:
 
 
 def subject_of_row(
-    instance: str, patient: str, study: str, texts: Mapping[str, str], schema: AttributeSchema, pseudonyms: Pseudonyms
+    instance: str,
+    patient: str,
+    study: str,
+    texts: Mapping[str, str],
+    schema: AttributeSchema,
+    pseudonyms: Pseudonyms,
+    frame: int | None = None,
 ) -> Subject:
-    """What may be known of an image file with its table row; `texts` by attribute source.
+    """What may be known of an image file (or of one frame of it) with its table row; `texts` by attribute source.
 
     Raises ScanError: no-patient-id, attribute-out-of-range, attribute-not-a-number.
     """
@@ -221,10 +257,11 @@ def subject_of_row(
     attributes = schema.parse(texts)
     actions = Counter(_attribute_actions(schema, texts, attributes).items())
     actions.update({("(file name)", "pseudonymised"): 1, ("(patient)", "pseudonymised"): 1})
-    return Subject(
+    whole = Subject(
         id=pseudonyms.of("instance", instance),
         patient=pseudonyms.of("patient", patient.strip()),
         study=pseudonyms.of("study", f"{patient.strip()}\0{study}" if study else instance),
         attributes=attributes,
         actions=actions,
     )
+    return whole.of_frame(frame, pseudonyms)

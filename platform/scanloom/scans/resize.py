@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from scanloom.scans.decode import Pixels, ScanImage
+from scanloom.scans.image import Geometry, Pixels, ScanImage
 
 Resize = Literal["letterbox", "crop"]
 
 
 @dataclass(frozen=True)
 class Square:
-    """Pixels size x size of the scan's dtype; spacing_mm is the same along both axes, None where it is unknown."""
+    """Pixels size x size of the scan's dtype and their geometry; the spacing is the same along both axes."""
 
     pixels: Pixels
-    spacing_mm: float | None
+    geometry: Geometry
 
 
 def fit(image: ScanImage, size_px: int, how: Resize) -> Square:
@@ -27,12 +27,34 @@ def fit(image: ScanImage, size_px: int, how: Resize) -> Square:
     Pixels that are not square are made so. Shrinking averages by whole factors first (BOX) and ends with LANCZOS.
     """
     rows, columns = image.pixels.shape
-    row_mm, column_mm = image.spacing_mm or (1.0, 1.0)
+    row_mm, column_mm = image.geometry.spacing_mm or (1.0, 1.0)
     height, width = rows * row_mm, columns * column_mm
     side = max(height, width) if how == "letterbox" else min(height, width)
     target = (max(1, round(height / side * size_px)), max(1, round(width / side * size_px)))
     resized = _resampled(image.pixels, target)
-    return Square(_centred(resized, size_px), side / size_px if image.spacing_mm else None)
+    return Square(_centred(resized, size_px), _moved(image, target, side, size_px))
+
+
+def _moved(image: ScanImage, resized: tuple[int, int], side_mm: float, size_px: int) -> Geometry:
+    """The geometry of the square: its pixels' size, and where the centre of its first one lies (PS3.3 C.7.6.2.1.1)."""
+    geometry, step = image.geometry, side_mm / size_px
+    if geometry.spacing_mm is None:
+        return replace(geometry, position_mm=None)
+    position = geometry.position_mm
+    if position is not None and geometry.direction is not None:
+        # From the old first pixel's centre to the frame's corner, over the bars or the cut, to the new one's centre.
+        down, across = (
+            (_start(n, size_px) + 0.5) * step - 0.5 * mm for n, mm in zip(resized, geometry.spacing_mm, strict=True)
+        )
+        along, downwards = geometry.direction[:3], geometry.direction[3:]
+        x, y, z = (p + across * a + down * d for p, a, d in zip(position, along, downwards, strict=True))
+        position = (x, y, z)
+    return replace(geometry, spacing_mm=(step, step), position_mm=position)
+
+
+def _start(extent: int, size_px: int) -> int:
+    """Where the square begins along an axis of the resized frame: before it (bars) or inside it (cut), in pixels."""
+    return (extent - size_px) // 2 if extent > size_px else -((size_px - extent) // 2)
 
 
 def _resampled(pixels: Pixels, shape: tuple[int, int]) -> Pixels:

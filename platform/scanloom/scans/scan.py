@@ -10,6 +10,7 @@ from scanloom.errors import ScanError
 from scanloom.recipe import Decode
 from scanloom.scans.deidentify import Pseudonyms, Subject
 from scanloom.scans.image import ScanImage
+from scanloom.scans.isolation import Fence
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Context:
     decode: Decode
     seed: int
     size_px: int
+    fence: Fence | None = None
+    """Where files are read that may take their reader down with them; None: right here."""
 
 
 @dataclass(frozen=True)

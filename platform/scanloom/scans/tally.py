@@ -18,19 +18,23 @@ from scanloom.recipe import NumberAttribute
 
 SPLITS = ("train", "validation", "holdout")
 QUARANTINE = "quarantine"
+COUNTED = ("bits_stored", "window", "value_unit", "orientation")
+"""Columns of the corpus whose values the manifest counts."""
 _BINS = 10
 
 
 def shard_tally(tables: Mapping[str, pa.Table], schema: AttributeSchema) -> dict[str, Any]:
-    """The tally of one shard's tables, by split and for the quarantine, as JSON holds it."""
+    """The tally of one shard's tables (without their images), by split and for the quarantine, as JSON holds it."""
     train = list(attribute_rows(tables["train"], schema)) if "train" in tables else []
     splits = {split: tables[split] for split in SPLITS if split in tables}
-    spacings = [s for table in splits.values() for s in table["spacing_mm"].to_pylist() if s is not None]
+    spacings = [spacing for spacing in _column(splits.values(), "spacing_mm") if spacing is not None]
     quarantine = tables.get(QUARANTINE)
     return {
         "scans": {split: table.num_rows for split, table in splits.items()},
         "patients": {split: sorted(set(table["patient"].to_pylist())) for split, table in splits.items()},
-        "bits_stored": _counted(str(b) for table in splits.values() for b in table["bits_stored"].to_pylist()),
+        **{name: _counted(_shown_value(v) for v in _column(splits.values(), name)) for name in COUNTED},
+        "repairs": _counted(repair for repairs in _column(splits.values(), "repairs") for repair in repairs),
+        "with_text": sum(1 for lines in _column(splits.values(), "text_lines") if lines),
         "spacing_mm": _counted(f"{spacing:.4g}" for spacing in spacings),
         "quarantined": _counted(quarantine["code"].to_pylist() if quarantine is not None else ()),
         "cells": _counted(json.dumps(_cell(row, schema)) for row in train),
@@ -52,12 +56,21 @@ def corpus_statistics(tallies: Sequence[Mapping[str, Any]], schema: AttributeSch
         "scans": {split: scans.get(split, 0) for split in SPLITS},
         "patients": {split: len(patients(tallies, split)) for split in SPLITS},
         "quarantined": _by_count(_summed(tallies, "quarantined")),
-        "bits_stored": dict(_summed(tallies, "bits_stored")),
+        **{name: dict(_summed(tallies, name)) for name in (*COUNTED, "repairs")},
+        "with_text": sum(tally["with_text"] for tally in tallies),
         "spacing_mm": _median(_summed(tallies, "spacing_mm")),
         "envelope": envelope.model_dump(mode="json"),
         "cells": [_shown(json.loads(c), n, envelope) for c, n in sorted(_summed(tallies, "cells").items())],
         "deidentification": _summed_actions(tallies),
     }
+
+
+def _column(tables: Iterable[pa.Table], name: str) -> Iterator[Any]:
+    return (value for table in tables for value in table[name].to_pylist())
+
+
+def _shown_value(value: object) -> str:
+    return "unknown" if value in (None, "") else str(value)
 
 
 def patients(tallies: Iterable[Mapping[str, Any]], split: str) -> set[str]:

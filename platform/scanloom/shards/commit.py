@@ -7,6 +7,7 @@ trust commits alone: that a data object exists never means that it is complete o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -47,12 +49,21 @@ class ShardPart:
     role: str
     folder: str
     suffix: str
-    data: bytes = field(repr=False)
+    data: bytes | Path = field(repr=False)
+    """The content, or the local file that holds it: what may be large is spooled to disk."""
     rows: int
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
+        if isinstance(self.data, bytes):
+            return hashlib.sha256(self.data).hexdigest()
+        with self.data.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(self.data) if isinstance(self.data, bytes) else self.data.stat().st_size
 
 
 def begin(store: Store, kind: str, plan_digest: str) -> None:
@@ -73,6 +84,14 @@ def begin(store: Store, kind: str, plan_digest: str) -> None:
         f"{store.uri}: holds the {there['kind']} of another plan ({there['plan'][:12]}, this recipe's is the {kind} "
         f"{plan_digest[:12]}); choose another folder, restore that recipe, or delete the folder"
     )
+
+
+def claimed_plan(store: Store) -> str | None:
+    """The digest of the plan that `begin` claimed the folder for; None where nobody has.
+
+    Raises ArtefactError where the claim is damaged.
+    """
+    return _claim(store)["plan"] if store.exists(PLAN) else None
 
 
 def part_key(shard: int, part: ShardPart) -> str:
@@ -105,10 +124,20 @@ def commit_shard(
 
 def upload_parts(store: Store, shard: int, parts: Sequence[ShardPart]) -> dict[str, FileEntry]:
     """Upload a shard's data objects without committing them; their entries by role."""
-    files = {part.role: _uploaded(store, shard, part) for part in parts}
+    files = {part.role: upload_part(store, shard, part) for part in parts}
     if len(files) != len(parts):
         raise ValueError(f"shard {shard}: roles repeat: {[part.role for part in parts]}")
     return files
+
+
+def upload_part(store: Store, shard: int, part: ShardPart) -> FileEntry:
+    """Upload one data object under its content-addressed key; its entry."""
+    key = part_key(shard, part)
+    if isinstance(part.data, bytes):
+        store.write(key, part.data)
+    else:
+        store.put(key, part.data)
+    return FileEntry(path=key, bytes=part.size, sha256=part.sha256)
 
 
 def commit_uploaded(store: Store, ours: ShardCommit) -> ShardCommit:
@@ -132,6 +161,11 @@ def committed(store: Store, plan_digest: str) -> dict[int, ShardCommit]:
         return {commit.shard: commit for commit in commits}
 
 
+def committed_shards(store: Store) -> set[int]:
+    """The numbers of the committed shards, by the names of their commits alone."""
+    return {int(named[1]) for found in store.list(COMMITS) if (named := _COMMIT_KEY.fullmatch(found.key))}
+
+
 def orphans(store: Store, grace_s: float) -> list[str]:
     """Data objects that no commit names and that are older than `grace_s`: left behind by attempts that lost or died.
 
@@ -151,12 +185,6 @@ def clean_orphans(store: Store, grace_s: float) -> list[str]:
     keys = orphans(store, grace_s)
     store.delete(keys)
     return keys
-
-
-def _uploaded(store: Store, shard: int, part: ShardPart) -> FileEntry:
-    key = part_key(shard, part)
-    store.write(key, part.data)
-    return FileEntry(path=key, bytes=len(part.data), sha256=part.sha256)
 
 
 def _read_commit(store: Store, key: str, plan_digest: str) -> ShardCommit:

@@ -30,26 +30,42 @@ QUARANTINE_SCHEMA = pa.schema(
         ("unit_name", pa.string()),
         # The ordinal within the unit, never a file name: names can identify.
         ("member", pa.int32()),
+        ("frame", pa.int32()),
         ("code", pa.string()),
         ("tag", pa.string()),
         ("reason", pa.string()),
     ]
 )
-"""One row a refused scan: where it lies in its source, and the typed reason."""
+"""One row a refused scan: where it lies in its source (`frame` null: the file as a whole), and the typed reason."""
 
 
 def corpus_schema(attributes: AttributeSchema) -> pa.Schema:
     """One row a curated scan: pseudonymous ids, pixels, attributes, and where in the source it came from.
 
-    `unit` and `member` are the ordinals of the unit in the source and of the scan in its unit.
+    `window` says how values became pixels: black is `value_low` and white `value_high`, in `value_unit` (null where
+    the source has pixels alone). `orientation`, `direction` and `position_mm` are as `scans.image.Geometry` has them,
+    of the resized square. `repairs` names what was mended to read the file, `text_lines` counts the lines of text
+    seen in the pixels (null: not looked for), `fingerprint` is perceptual. `unit`, `member` and `frame` are the
+    ordinals of the unit in the source, of the file in its unit and of the frame in its file (null: it has but one).
     """
     columns = [
         pa.field("id", pa.string()),
         pa.field("patient", pa.string()),
         pa.field("study", pa.string()),
         *_PIXELS,
+        pa.field("window", pa.string()),
+        pa.field("value_low", pa.float32()),
+        pa.field("value_high", pa.float32()),
+        pa.field("value_unit", pa.string()),
+        pa.field("orientation", pa.string()),
+        pa.field("direction", pa.list_(pa.float32())),
+        pa.field("position_mm", pa.list_(pa.float32())),
+        pa.field("repairs", pa.list_(pa.string())),
+        pa.field("text_lines", pa.int32()),
+        pa.field("fingerprint", pa.binary(32)),
         pa.field("unit", pa.int32()),
         pa.field("member", pa.int32()),
+        pa.field("frame", pa.int32()),
         *attributes.arrow_fields(),
     ]
     return pa.schema(columns, metadata=_IMAGE_FEATURE)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import imagecodecs
@@ -24,18 +25,58 @@ def parquet_bytes(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     rows = max(1, table.num_rows)
     group = max(1, min(rows, ROW_GROUP_BYTES * rows // max(1, table.nbytes)))
-    text: Any = [f.name for f in table.schema if pa.types.is_string(f.type)]  # pyarrow's stub says bool
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        compression_level=1,
-        row_group_size=group,
-        use_dictionary=text,
-        write_page_checksum=True,
-        write_page_index=True,
-    )
+    pq.write_table(table, sink, row_group_size=group, **_options(table.schema))
     return sink.getvalue()
+
+
+def _options(schema: pa.Schema) -> dict[str, Any]:
+    return {
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": [field.name for field in schema if pa.types.is_string(field.type)],
+        "write_page_checksum": True,
+        "write_page_index": True,
+    }
+
+
+class ParquetSpool:
+    """A Parquet file on local disk that grows row by row while only one row group, of about 4 MB, is in memory.
+
+    The same rows in the same order give the same bytes. To be closed before the file is read.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path = path
+        self.rows = 0
+        self._schema = schema
+        self._writer = pq.ParquetWriter(path, schema, **_options(schema))
+        self._pending: list[Mapping[str, Any]] = []
+        self._pending_bytes = 0
+
+    def append(self, row: Mapping[str, Any], row_bytes: int) -> None:
+        """Add a row; `row_bytes` is about what it weighs."""
+        self._pending.append(row)
+        self._pending_bytes += row_bytes
+        self.rows += 1
+        if self._pending_bytes >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def append_table(self, table: pa.Table) -> None:
+        """Add the rows of a table as a row group of its own."""
+        self._flush()
+        self.rows += table.num_rows
+        if table.num_rows:
+            self._writer.write_table(table)
+
+    def close(self) -> None:
+        """Write what is pending and the footer."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._writer.write_table(pa.Table.from_pylist(self._pending, schema=self._schema))
+            self._pending, self._pending_bytes = [], 0
 
 
 def tar_bytes(members: Sequence[tuple[str, bytes]]) -> tuple[bytes, list[tuple[int, int]]]:
