@@ -33,7 +33,7 @@ def shard_tally(tables: Mapping[str, pa.Table], schema: AttributeSchema) -> dict
         "scans": {split: table.num_rows for split, table in splits.items()},
         "patients": {split: sorted(set(table["patient"].to_pylist())) for split, table in splits.items()},
         **{name: _counted(_shown_value(v) for v in _column(splits.values(), name)) for name in COUNTED},
-        "repairs": _counted(repair for repairs in _column(splits.values(), "repairs") for repair in repairs),
+        "repairs": _counted(repair for repairs in _column(splits.values(), "repairs") for repair in repairs or ()),
         "with_text": sum(1 for lines in _column(splits.values(), "text_lines") if lines),
         "spacing_mm": _counted(f"{spacing:.4g}" for spacing in spacings),
         "quarantined": _counted(quarantine["code"].to_pylist() if quarantine is not None else ()),
