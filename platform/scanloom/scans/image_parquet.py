@@ -1,0 +1,269 @@
+"""Parquet files of images: one row an image, encoded as PNG, JPEG, TIFF or as a DICOM file, and what is known of it.
+
+A row has no name that stays when a file is moved or written anew, so that an image is known by the SHA-256 of its
+bytes: the same image twice is a duplicate, in whatever rows it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from scanloom.attributes import AttributeSchema
+from scanloom.errors import RecipeError, ScanError
+from scanloom.recipe import LabelsAttribute, ParquetSource, nearest
+from scanloom.scans.decode import MAX_FILE_BYTES, file_image, frames, read_instance, require_image
+from scanloom.scans.deidentify import Subject, require_shareable_pixels, subject_of_row
+from scanloom.scans.quarantine import reject
+from scanloom.scans.ranged import RangedFile
+from scanloom.scans.scan import Context, Found, Scan, SourceFile
+from scanloom.store import ObjectInfo, Store
+
+BATCH_BYTES = 32 << 20
+"""Rows are read in batches of about this size, whatever the size of the file's row groups."""
+_READ_AHEAD = 1 << 20
+_MAGIC = b"PAR1"
+_BROKEN = (pa.ArrowException, OSError, UnicodeError, OverflowError)
+_DICOM = slice(128, 132)
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """Where an attribute's text stands: `separator` joins a list, `none` stands for an empty one, `classes` are the
+    names of whole numbers as the `datasets` library keeps them beside a column.
+    """
+
+    column: str
+    separator: str = "|"
+    none: str = ""
+    classes: tuple[str, ...] = ()
+
+    def text(self, value: object) -> str:
+        if isinstance(value, list):
+            return self.separator.join(filter(None, map(self._single, value))) if value else self.none
+        return self._single(value)
+
+    def _single(self, value: object) -> str:
+        if self.classes and isinstance(value, int):
+            return self.classes[value] if 0 <= value < len(self.classes) else ""
+        return _text(value)
+
+
+# --- planning -------------------------------------------------------------------------------------------------
+
+
+def list_files(source: ParquetSource, schema: AttributeSchema) -> list[SourceFile]:
+    """Every object under the prefix, by key, each alone.
+
+    Raises RecipeError for an empty prefix, and where the first file that can be read lacks a column or holds it in a
+    type that says no text; StoreError where the source cannot be read.
+    """
+    store = Store(source.uri)
+    objects = store.list()
+    if not objects:
+        raise RecipeError(f"{store.uri}: no objects under this prefix; check prepare.source.uri")
+    uri, found = _first_schema(store, objects)
+    _require_columns(source, schema, found, uri)
+    return [SourceFile(o.key, o.bytes, o.version, alone=True) for o in objects]
+
+
+def _first_schema(store: Store, objects: Iterable[ObjectInfo]) -> tuple[str, pa.Schema]:
+    for object_ in objects:
+        try:
+            return store.uri_of(object_.key), _open(store, object_.key, object_.bytes).schema_arrow
+        except ScanError:
+            continue
+    raise RecipeError(f"{store.uri}: none of the objects is a readable Parquet file; check prepare.source.uri")
+
+
+def _require_columns(source: ParquetSource, schema: AttributeSchema, found: pa.Schema, where: str) -> None:
+    """RecipeError unless the file has every column that is read, in a type that can be read."""
+    image = _column_type(found, source.image_column, where)
+    if pt.is_struct(image):
+        place = image.get_field_index("bytes")
+        image = image.field(place).type if place >= 0 else pa.null()
+    if not (pt.is_binary(image) or pt.is_large_binary(image)):
+        raise RecipeError(f"{where}: column {source.image_column!r} holds no image bytes; expected binary or a struct "
+                          "with a binary field 'bytes'")  # fmt: skip
+    singles = {source.patient_column, source.study_column} - {""}
+    for column in sorted(singles | {d.source or d.name for d in schema.declarations}):
+        kind = _column_type(found, column, where)
+        item = kind.value_type if pt.is_list(kind) or pt.is_large_list(kind) else kind
+        if not _is_text(item) or (item is not kind and column in singles):
+            raise RecipeError(f"{where}: column {column!r} is nested or binary; expected text, numbers or, for an "
+                              "attribute, a list of text")  # fmt: skip
+
+
+def _column_type(found: pa.Schema, column: str, where: str) -> Any:
+    if found.names.count(column) != 1:
+        raise RecipeError(f"{where}: no column {column!r}{nearest(column, found.names)}")
+    return found.field(column).type
+
+
+def _is_text(kind: Any) -> bool:
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    plain = (pt.is_string, pt.is_large_string, pt.is_integer, pt.is_floating, pt.is_boolean, pt.is_decimal, pt.is_null)
+    return any(is_kind(kind) for is_kind in plain)
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+def read_files(source: ParquetSource, files: Sequence[SourceFile], context: Context) -> Iterator[Found]:
+    """The scan of each row of the file (a member is a row), or why there is none.
+
+    A damaged file ends with a refusal at the row where it broke. Raises StoreError where the source cannot be read.
+    """
+    store, file = Store(source.uri), files[0]
+    row = 0
+    try:
+        opened = _open(store, file.key, file.bytes)
+        attributes = _readable(source, context.schema, opened.schema_arrow, store.uri_of(file.key))
+        if not opened.metadata.num_rows:
+            raise reject("no-rows")
+        for row, cells in _rows(opened, source, attributes):
+            for frame, scan in _scans(cells, source, attributes, context):
+                yield row, frame, scan
+            row += 1
+    except ScanError as error:
+        yield row, None, error
+
+
+def names(source: ParquetSource, files: Sequence[SourceFile]) -> list[str]:
+    """The source's name of every member: the file and the number of its row, from 0."""
+    store, file = Store(source.uri), files[0]
+    try:
+        rows = _open(store, file.key, file.bytes).metadata.num_rows
+    except ScanError:
+        rows = 0
+    return [f"{store.uri_of(file.key)} row {row}" for row in range(rows)] or [store.uri_of(file.key)]
+
+
+def _open(store: Store, key: str, size: int) -> Any:
+    """The opened file; ScanError empty-file, not-parquet or broken-parquet."""
+    if not size:
+        raise reject("empty-file")
+    stream = RangedFile(store, key, size)
+    if stream.read(len(_MAGIC)) != _MAGIC:
+        raise reject("not-parquet")
+    try:
+        return pq.ParquetFile(stream, buffer_size=_READ_AHEAD, page_checksum_verification=True)
+    except _BROKEN:
+        raise reject("broken-parquet") from None
+
+
+def _readable(source: ParquetSource, schema: AttributeSchema, found: pa.Schema, where: str) -> dict[str, _Attribute]:
+    """The attributes by their source. ScanError parquet-columns where this file is not like the first one."""
+    try:
+        _require_columns(source, schema, found, where)
+    except RecipeError:
+        raise reject("parquet-columns") from None
+    attributes = {}
+    for declaration in schema.declarations:
+        column = declaration.source or declaration.name
+        classes = _class_names(found, column)
+        if isinstance(declaration, LabelsAttribute):
+            attributes[column] = _Attribute(column, declaration.separator, declaration.none, classes)
+        else:
+            attributes[column] = _Attribute(column, classes=classes)
+    return attributes
+
+
+def _class_names(found: pa.Schema, column: str) -> tuple[str, ...]:
+    """The names that Hugging Face's `datasets` gives a column's numbers (a ClassLabel, alone or in a list)."""
+    try:
+        feature = json.loads((found.metadata or {})[b"huggingface"])["info"]["features"][column]
+        while isinstance(feature, list) or "feature" in feature:
+            feature = feature[0] if isinstance(feature, list) else feature["feature"]
+        return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
+    except (KeyError, IndexError, TypeError, ValueError):
+        return ()
+
+
+def _rows(opened: Any, source: ParquetSource, attributes: Mapping[str, _Attribute]) -> Iterator[tuple[int, Row]]:
+    columns = {source.image_column, source.patient_column, source.study_column, *attributes} - {""}
+    number = 0
+    try:
+        for group in range(opened.num_row_groups):
+            size = _batch_rows(opened.metadata.row_group(group))
+            for batch in opened.iter_batches(size, [group], sorted(columns), use_threads=False):
+                # Row by row: a batch as Python objects would be held a second time.
+                for place in range(batch.num_rows):
+                    yield number, batch.slice(place, 1).to_pylist()[0]
+                    number += 1
+    except _BROKEN:
+        raise reject("broken-parquet") from None
+
+
+def _batch_rows(group: Any) -> int:
+    """Rows of this row group that take about BATCH_BYTES."""
+    return max(1, min(1024, BATCH_BYTES * int(group.num_rows) // max(1, int(group.total_byte_size))))
+
+
+def _scans(
+    row: Row, source: ParquetSource, attributes: Mapping[str, _Attribute], context: Context
+) -> Iterator[tuple[int | None, Scan | ScanError]]:
+    """The scan of one row, or those of its frames."""
+    try:
+        data = _image_bytes(row[source.image_column])
+        subject = _subject(row, hashlib.sha256(data).hexdigest(), source, attributes, context)
+        if data[_DICOM] == b"DICM":
+            yield from _dicom_scans(data, subject, context)
+        else:
+            yield None, Scan(subject, file_image(data, context.decode))
+    except ScanError as error:
+        yield None, error
+
+
+def _dicom_scans(data: bytes, subject: Subject, context: Context) -> Iterator[tuple[int | None, Scan | ScanError]]:
+    """The frames of a DICOM file whose header is asked for nothing but the pixels and whether they may be used."""
+    instance = read_instance(data, context.decode)
+    require_image(instance)
+    require_shareable_pixels(instance.dataset)
+    for number, image in enumerate(frames(instance, context.decode)):
+        frame = None if instance.frames == 1 else number
+        if isinstance(image, ScanError):
+            yield frame, image
+        else:
+            yield frame, Scan(subject.of_frame(frame, context.pseudonyms), image)
+
+
+def _image_bytes(cell: object) -> bytes:
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(data, bytes) or not data:
+        raise reject("empty-file")
+    if len(data) > MAX_FILE_BYTES:
+        raise reject("too-large")
+    return data
+
+
+def _subject(
+    row: Row, instance: str, source: ParquetSource, attributes: Mapping[str, _Attribute], context: Context
+) -> Subject:
+    texts = {name: attribute.text(row[attribute.column]) for name, attribute in attributes.items()}
+    study = _text(row[source.study_column]) if source.study_column else ""
+    return subject_of_row(instance, _text(row[source.patient_column]), study, texts, context.schema, context.pseudonyms)
+
+
+def _text(value: object) -> str:
+    """A cell as a table would spell it: null is empty, 63.0 is 63 (a column with gaps turns whole numbers into it)."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        return str(int(value)) if value.is_integer() else repr(value)
+    return str(value).strip()
