@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeAlias
 from scanloom.errors import ScanError
 from scanloom.scans.decode import MAX_FILE_BYTES
 from scanloom.scans.quarantine import reject
+from scanloom.scans.ranged import RangedFile
 from scanloom.store import Store
 
 MOST_MEMBERS = 100_000
@@ -99,7 +100,7 @@ def archive_names(store: Store, key: str, size: int) -> list[str]:
 def _members(store: Store, key: str, size: int) -> Iterator[_Member]:
     if not size:
         raise reject("empty-file")
-    source = io.BufferedReader(_Ranged(store, key, size), _READ_AHEAD)
+    source = io.BufferedReader(_Source(store, key, size), _READ_AHEAD)
     head = source.read(BLOCKSIZE)
     kind = _kind(head)
     source.seek(0)
@@ -368,39 +369,25 @@ class _Inflated:
         return self._at
 
 
-class _Ranged(io.RawIOBase):
-    """An object of a store as a file: each read is one retried range request.
+class _Source(RangedFile):
+    """An archive in a store. With a `limit`, ScanError (archive-bomb) once more bytes than that were read."""
 
-    With a `limit`, a ScanError (archive-bomb) is raised once so many bytes are read.
-    """
-
-    def __init__(self, store: Store, key: str, size: int) -> None:
-        super().__init__()
-        self._store, self._key, self._size, self._at = store, key, size, 0
-        self.limit: int | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+    limit: int | None = None
 
     def readinto(self, buffer: Any) -> int:
-        length = max(min(len(buffer), self._size - self._at), 0)
+        length = super().readinto(buffer)
         if self.limit is not None:
             self.limit -= length
             if self.limit < 0:
                 raise reject("archive-bomb")
-        buffer[:length] = self._store.read_range(self._key, self._at, length)
-        self._at += length
         return length
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        if at < 0:
-            raise OSError("before the start")
-        self._at = at
-        return at
+        try:
+            return super().seek(offset, whence)
+        except ValueError as error:
+            # What zipfile expects of a file that is shorter than an archive's end can be.
+            raise OSError("before the start") from error
 
 
-_ReadAhead: TypeAlias = "io.BufferedReader[_Ranged]"
+_ReadAhead: TypeAlias = "io.BufferedReader[_Source]"
