@@ -306,7 +306,7 @@ def test_latents_keep_half_precision_and_shape() -> None:
 
 
 def test_the_quarantine_has_no_column_for_a_file_name() -> None:
-    assert QUARANTINE_SCHEMA.names == ["unit", "unit_name", "member", "code", "tag", "reason"]
+    assert QUARANTINE_SCHEMA.names == ["unit", "unit_name", "member", "frame", "code", "tag", "reason"]
     assert json.loads(dataset_schema(SCHEMA).metadata[b"huggingface"])["info"]["features"] == {
         "image": {"_type": "Image"}
     }
