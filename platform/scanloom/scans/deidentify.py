@@ -182,7 +182,10 @@ def _attribute_text(dataset: Dataset, keyword: str) -> str:
 
 
 def _text(dataset: Dataset, keyword: str) -> str:
-    value = dataset.get(keyword)
+    try:
+        value = dataset.get(keyword)
+    except Exception:  # noqa: BLE001 - values are parsed when they are asked for, and may not be what they say
+        raise reject("unreadable-dicom", keyword) from None
     if value is None:
         return ""
     parts = value if isinstance(value, MultiValue) else (value,)
