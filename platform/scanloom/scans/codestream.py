@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 _JP2_SIGNATURE = b"\0\0\0\x0cjP  "
 _JXL_SIGNATURE = b"\0\0\0\x0cJXL "
+# A scan is a pass over the whole image, however few bytes it has. Progressive JPEG has about a dozen.
+_MOST_SCANS = 64
 _JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
@@ -33,6 +35,8 @@ def jpeg_header(frame: bytes) -> Codestream:
     """
     if frame[:2] != b"\xff\xd8":
         raise ValueError("no start of image")
+    if frame.count(b"\xff\xda") > _MOST_SCANS:
+        raise ValueError("too many scans")
     place, colour = 2, ""
     while place + 4 <= len(frame):
         if frame[place] != 0xFF:

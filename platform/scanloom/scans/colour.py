@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
-from pydicom.pixels.processing import apply_color_lut
 
 from scanloom.scans.image import Pixels
+from scanloom.scans.image_pixel import ImagePixel
+from scanloom.scans.lookup_table import palette
 from scanloom.scans.quarantine import reject
 
 Samples = npt.NDArray[Any]
@@ -35,12 +36,12 @@ def gray_of_colour(samples: Samples, photometric: str, bits: int, colour: Colour
 def full_range(gray: Samples, bits: int) -> Pixels:
     """Values of `bits` bits over all of u8 or u16."""
     if bits == 8:
-        return gray.astype(np.uint8)
+        return np.minimum(gray, 255).astype(np.uint8)
     if bits == 16:
         return gray.astype(np.uint16)
     levels, kind = (255, np.uint8) if bits < 8 else (65535, np.uint16)
     values = np.arange(gray.max() + 1 if gray.size else 1, dtype=np.float64) / ((1 << bits) - 1)
-    return np.rint(np.minimum(values, 1.0) * levels).astype(kind)[gray]
+    return np.asarray(np.rint(np.minimum(values, 1.0) * levels).astype(kind)[gray])
 
 
 def _of_ybr(samples: Samples, bits: int, colour: Colour) -> Samples:
@@ -69,20 +70,15 @@ def luma(red: Samples, green: Samples, blue: Samples) -> Samples:
 
 
 class Palette:
-    """PALETTE COLOR (C.7.9), segmented or not, as tables from stored value to gray.
+    """PALETTE COLOR (C.7.9) as tables from stored value to gray. Raises ScanError unsupported-pixels, too-large."""
 
-    Raises ScanError undecodable-pixels, too-large.
-    """
-
-    def __init__(self, dataset: Dataset, bits: int) -> None:
-        if bits > 16:
+    def __init__(self, dataset: Dataset, pixel: ImagePixel) -> None:
+        if pixel.stored > 16 or pixel.signed or pixel.floating:
             raise reject("unsupported-pixels", "BitsStored")
-        values = np.arange(1 << bits, dtype=np.uint8 if bits <= 8 else np.uint16)
-        try:
-            entries = np.asarray(apply_color_lut(values, dataset))
-        except Exception:  # noqa: BLE001 - a malformed palette fails anywhere in numpy
-            raise reject("undecodable-pixels", "RedPaletteColorLookupTableDescriptor") from None
-        red, green, blue = (entries[..., i] for i in range(3))
+        values = np.arange(1 << pixel.stored, dtype=np.float64)
+        tables = palette(dataset, signed=False)
+        kind = np.uint8 if tables[0].bits == 8 else np.uint16
+        red, green, blue = (table(values).astype(kind) for table in tables)
         self._gray = luma(red, green, blue)
         self._coloured = (red != green) | (red != blue)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 from pydicom import uid
 from pydicom.dataset import Dataset
 
@@ -13,10 +12,11 @@ from scanloom.recipe import Decode
 from scanloom.scans.colour import Palette, gray_of_colour
 from scanloom.scans.functional_groups import FrameHeader
 from scanloom.scans.geometry import geometry
-from scanloom.scans.grayscale import Grayscale, Lut, Ramp, Rescale, Sigmoid, VoiLut, rendered, windowed
+from scanloom.scans.grayscale import Grayscale, Ramp, Rescale, Sigmoid, VoiLut, rendered, windowed
 from scanloom.scans.image import Rendering, ScanImage
 from scanloom.scans.image_file import file_image
-from scanloom.scans.image_pixel import GRAY, MAX_PIXELS, ImagePixel, image_pixel, pixel_element
+from scanloom.scans.image_pixel import GRAY, MAX_PIXELS, ImagePixel, pixel_element
+from scanloom.scans.lookup_table import Lut, lut_of_item
 from scanloom.scans.part10 import MAX_FILE_BYTES, Instance, quiet, read_instance
 from scanloom.scans.quarantine import reject
 from scanloom.scans.transfer_syntax import PixelSource, StoredFrame
@@ -46,7 +46,7 @@ def require_image(instance: Instance) -> None:
     dataset = instance.dataset
     if not _is_image_class(dataset):
         raise reject("not-an-image", "SOPClassUID")
-    image_pixel(dataset)
+    _ = instance.pixel
     if FrameHeader(dataset).term("PresentationIntentType") == "FOR PROCESSING":
         raise reject("for-processing", "PresentationIntentType")
 
@@ -54,7 +54,7 @@ def require_image(instance: Instance) -> None:
 def _is_image_class(dataset: Dataset) -> bool:
     name = uid.UID(FrameHeader(dataset).term("SOPClassUID")).name
     if "Storage" in name or "Directory" in name:
-        return "Image Storage" in name or name == "Parametric Map Storage"
+        return "Image Storage" in name or name in ("Parametric Map Storage", "Enhanced US Volume Storage")
     # A class that pydicom does not know, or none: whoever holds pixels is an image.
     return bool(pixel_element(dataset))
 
@@ -66,9 +66,8 @@ def stored_frames(instance: Instance) -> Iterator[StoredFrame | ScanError]:
     truncated, undecodable-pixels.
     """
     with quiet():
-        pixel = image_pixel(instance.dataset)
-        source = PixelSource(instance.dataset, instance.syntax, pixel)
-    return (_stored(source, index) for index in range(pixel.frames))
+        source = PixelSource(instance.dataset, instance.syntax, instance.pixel)
+    return (_stored(source, index) for index in range(instance.pixel.frames))
 
 
 def _stored(source: PixelSource, index: int) -> StoredFrame | ScanError:
@@ -85,8 +84,8 @@ def frames(instance: Instance, rules: Decode) -> Iterator[ScanImage | ScanError]
     A frame's own reasons: undecodable-pixels, unsupported-pixels, colour, blank-image.
     """
     stored = stored_frames(instance)
-    pixel = image_pixel(instance.dataset)
-    palette = Palette(instance.dataset, pixel.stored) if pixel.photometric == "PALETTE COLOR" else None
+    pixel = instance.pixel
+    palette = Palette(instance.dataset, pixel) if pixel.photometric == "PALETTE COLOR" else None
     return (_image(instance, pixel, palette, index, frame, rules) for index, frame in enumerate(stored))
 
 
@@ -128,7 +127,7 @@ def grayscale(header: FrameHeader, pixel: ImagePixel) -> Grayscale:
     lut = header.item("VOILUTSequence")
     return Grayscale(
         modality=_modality(header, pixel),
-        lut=None if lut is None else VoiLut(_lut(lut, signed=False)),
+        lut=None if lut is None else VoiLut(lut_of_item(lut, signed=False)),
         windows=_windows(header),
         inverted=pixel.photometric == "MONOCHROME1",
         padding=_padding(header, pixel),
@@ -139,7 +138,7 @@ def grayscale(header: FrameHeader, pixel: ImagePixel) -> Grayscale:
 def _modality(header: FrameHeader, pixel: ImagePixel) -> Rescale | Lut:
     item = header.item("ModalityLUTSequence")
     if item is not None:
-        return _lut(item, signed=pixel.signed)
+        return lut_of_item(item, signed=pixel.signed)
     return Rescale(_rescale(header, "RescaleSlope", 1.0), _rescale(header, "RescaleIntercept", 0.0))
 
 
@@ -179,19 +178,3 @@ def _padding(header: FrameHeader, pixel: ImagePixel) -> tuple[float, float] | No
 def _as_stored(value: float, pixel: ImagePixel) -> float:
     """Writers often give the padding of signed pixels as US."""
     return value - (1 << pixel.allocated) if pixel.signed and value >= 1 << (pixel.allocated - 1) else value
-
-
-def _lut(item: Dataset, *, signed: bool) -> Lut:
-    """A LUT item; its data is words, or bytes of which some writers pack two in a word."""
-    count, first, bits = (int(v) for v in item.LUTDescriptor)
-    count = count or 1 << 16
-    data = item.LUTData
-    if isinstance(data, bytes):
-        little = item.original_encoding[1] is not False
-        kind = "u1" if len(data) < 2 * count else "<u2" if little else ">u2"
-        entries = np.frombuffer(data, kind, count).astype(np.uint16)
-    else:
-        entries = np.atleast_1d(np.asarray(data, dtype=np.uint16))[:count]
-    if not 1 <= bits <= 16 or len(entries) < 1:
-        raise ValueError("impossible LUT")
-    return Lut(first - (1 << 16) if signed and first >= 1 << 15 else first, bits, entries.tobytes())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.tag import BaseTag, Tag
 
 from scanloom.scans.quarantine import reject
 
@@ -23,12 +26,13 @@ MACROS: Mapping[str, str] = {
     "WindowCenter": "FrameVOILUTSequence",
     "WindowWidth": "FrameVOILUTSequence",
     "VOILUTFunction": "FrameVOILUTSequence",
+    "VOILUTSequence": "FrameVOILUTSequence",
     "PatientOrientation": "PatientOrientationInFrameSequence",
 }
 
-# A sequence of a defined length is parsed when it is asked for: no header of 100,000 frames is larger, and one that
-# is would take minutes.
-_LONGEST_SEQUENCE = 32 << 20
+# pydicom parses values when they are asked for, and makes an object of each number in a text: the largest that is
+# asked for here, a palette of 65,536 words, is half of this.
+_LONGEST_VALUE = 256 << 10
 
 
 class FrameHeader:
@@ -41,8 +45,13 @@ class FrameHeader:
         self._top = dataset
         self._groups = tuple(_groups(dataset, frame))
 
+    @property
+    def byte_order(self) -> str:
+        """The order of the bytes in words that pydicom leaves as they are: < or >."""
+        return ">" if self._top.original_encoding[1] is False else "<"
+
     def value(self, keyword: str) -> Any:
-        """The value as pydicom gives it; None also where pydicom cannot read it."""
+        """The value as pydicom gives it; None also where pydicom cannot read it. Raises ScanError too-large."""
         for level in self._levels(keyword):
             found = _value(level, keyword)
             if found is not None:
@@ -75,10 +84,10 @@ class FrameHeader:
         value = _first(self.value(keyword))
         return value.strip() if isinstance(value, str) else ""
 
-    def item(self, keyword: str, index: int = 0) -> Dataset | None:
-        """An item of a sequence; the first where it has no such one."""
-        items = sequence(self._top, keyword)
-        return items[index if index < len(items) else 0] if items else None
+    def item(self, keyword: str) -> Dataset | None:
+        """The first item of a sequence."""
+        found = (sequence(level, keyword) for level in self._levels(keyword))
+        return next((items[0] for items in found if items), None)
 
     def _levels(self, keyword: str) -> Iterator[Dataset]:
         macro = MACROS.get(keyword)
@@ -89,30 +98,36 @@ class FrameHeader:
         yield self._top
 
 
-def sequence(dataset: Dataset, keyword: str) -> list[Dataset]:
-    """The items of a sequence; none where there is no readable one. Raises ScanError too-large."""
-    if keyword not in dataset:
-        return []
-    element = dataset.get_item(keyword)
-    if isinstance(element, RawDataElement) and len(element.value or b"") > _LONGEST_SEQUENCE:
-        raise reject("too-large", keyword)
+def sequence(dataset: Dataset, keyword: str) -> Sequence[Dataset]:
+    """The items of a sequence; none where there is no readable one."""
     value = _value(dataset, keyword)
-    try:
-        return [item for item in value or () if isinstance(item, Dataset)]
-    except TypeError:
-        return []
+    return value if isinstance(value, pydicom.Sequence) else ()
 
 
 def _groups(dataset: Dataset, frame: int) -> Iterator[Dataset]:
     per_frame = sequence(dataset, "PerFrameFunctionalGroupsSequence")
     if frame < len(per_frame):
         yield per_frame[frame]
-    yield from sequence(dataset, "SharedFunctionalGroupsSequence")[:1]
+    shared = sequence(dataset, "SharedFunctionalGroupsSequence")
+    if shared:
+        yield shared[0]
+
+
+@functools.cache
+def _tag(keyword: str) -> BaseTag:
+    return Tag(keyword)
 
 
 def _value(dataset: Dataset, keyword: str) -> Any:
+    # By tag: by keyword, pydicom takes several times as long, and a header is asked for some thirty attributes.
+    tag = _tag(keyword)
+    if tag not in dataset:
+        return None
+    element = dataset.get_item(tag)
+    if isinstance(element, RawDataElement) and element.length > _LONGEST_VALUE and not keyword.endswith("Sequence"):
+        raise reject("too-large", keyword)
     try:
-        value = dataset.get(keyword)
+        value = dataset[tag].value
     except Exception:  # noqa: BLE001 - pydicom converts values when they are asked for; junk raises anything
         return None
     return None if value is None or value == "" or value == b"" else value

@@ -15,29 +15,12 @@ import numpy.typing as npt
 
 from scanloom.recipe import FixedWindow, HeaderWindow, Window
 from scanloom.scans.image import Pixels, Rendering
+from scanloom.scans.lookup_table import Doubles, Lut
 from scanloom.scans.quarantine import reject
 
 Numbers = npt.NDArray[Any]
-Doubles = npt.NDArray[np.float64]
 
 _BLOCK_PIXELS = 1 << 16
-
-
-@dataclass(frozen=True)
-class Lut:
-    """A DICOM lookup table (C.11.1, C.11.2): `entries` are u16 of native order, the first for the value `first`."""
-
-    first: int
-    bits: int
-    entries: bytes
-
-    def __call__(self, values: Doubles) -> Doubles:
-        table = np.frombuffer(self.entries, np.uint16)
-        return table[np.clip(np.rint(values) - self.first, 0, len(table) - 1).astype(np.intp)].astype(np.float64)
-
-    @property
-    def last(self) -> int:
-        return self.first + len(self.entries) // 2 - 1
 
 
 @dataclass(frozen=True)
@@ -208,7 +191,7 @@ def _extent(values: Numbers, padding: tuple[float, float] | None) -> tuple[float
         low, high = float(finite.min()), float(finite.max())
     else:
         low, high = int(values.min()), int(values.max())
-    if padding is not None and (padding[0] <= low and high <= padding[1] or padding[1] < low or high < padding[0]):
+    if padding is not None and ((padding[0] <= low and high <= padding[1]) or padding[1] < low or high < padding[0]):
         padding = None
     return low, high, padding
 

@@ -10,14 +10,13 @@ from scanloom.scans.functional_groups import FrameHeader
 from scanloom.scans.quarantine import reject
 
 MAX_PIXELS = 50_000_000
-"""Pixels of a frame; mammography, the largest of radiology, has about 25 million."""
-MAX_FRAME_BYTES = 4 * MAX_PIXELS
+"""Samples of a frame; mammography, the largest of radiology, has about 25 million pixels of one sample."""
 MAX_FRAMES = 100_000
 
 ELEMENTS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 GRAY = frozenset({"MONOCHROME1", "MONOCHROME2"})
 COLOUR = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"})
-_SAMPLES = {name: 1 for name in (*GRAY, "PALETTE COLOR")} | {name: 3 for name in COLOUR}
+_SAMPLES = dict.fromkeys((*GRAY, "PALETTE COLOR"), 1) | dict.fromkeys(COLOUR, 3)
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,5 @@ def _require_readable(pixel: ImagePixel) -> None:
         raise reject("unsupported-pixels", "BitsAllocated")
     if not 1 <= pixel.stored <= pixel.allocated:
         raise reject("unsupported-pixels", "BitsStored")
-    bytes_ = pixel.rows * pixel.columns * pixel.samples * max(8, pixel.allocated) // 8
-    if pixel.rows * pixel.columns > MAX_PIXELS or bytes_ > MAX_FRAME_BYTES:
+    if pixel.rows * pixel.columns * pixel.samples > MAX_PIXELS:
         raise reject("too-large", "Rows")

@@ -15,7 +15,8 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from pydicom import config, uid
 from pydicom.dataelem import RawDataElement
@@ -25,7 +26,7 @@ from pydicom.values import converters
 
 from scanloom.errors import ScanError
 from scanloom.recipe import Decode
-from scanloom.scans.image_pixel import frame_count, image_pixel, pixel_element
+from scanloom.scans.image_pixel import ImagePixel, frame_count, image_pixel, pixel_element
 from scanloom.scans.quarantine import reject
 from scanloom.scans.transfer_syntax import NATIVE
 
@@ -34,6 +35,10 @@ MAX_FILE_BYTES = 512 << 20
 MAX_READS = 3_000_000
 """Reads of the parser, two or three an element; a header of zeros asks for one every eight bytes."""
 
+_MOST_META_ELEMENTS = 1000
+# A sequence of a defined length is parsed when it is asked for, an object for every eight bytes of it. Functional
+# groups of 10,000 frames are no larger.
+_LONGEST_SEQUENCE = 16 << 20
 _UNDEFINED = 0xFFFFFFFF
 _LONG_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
 _VRS = frozenset(vr.encode() for vr in converters if len(vr) == 2)
@@ -48,9 +53,14 @@ config.settings.reading_validation_mode = config.IGNORE
 class Instance:
     """One parsed DICOM object; `repairs` names what had to be mended to read it."""
 
-    dataset: Dataset
+    dataset: Dataset = field(repr=False)
     syntax: uid.UID
     repairs: tuple[str, ...] = ()
+
+    @cached_property
+    def pixel(self) -> ImagePixel:
+        """The layout of its pixel data. Raises ScanError no-pixels, unsupported-pixels, too-large."""
+        return image_pixel(self.dataset)
 
     @property
     def frames(self) -> int:
@@ -118,7 +128,9 @@ def _file_meta(data: bytes) -> tuple[int, uid.UID | None]:
     if place == 0 and not _looks_like_element(data):
         raise reject("not-dicom")
     syntax = None
-    while data[place : place + 2] == b"\2\0":
+    for _ in range(_MOST_META_ELEMENTS):
+        if data[place : place + 2] != b"\2\0":
+            break
         element = int.from_bytes(data[place + 2 : place + 4], "little")
         head, length = _value_place(data, place)
         if element == 0x0010:
@@ -178,11 +190,20 @@ def _parsed(data: bytes, start: int, syntax: uid.UID) -> tuple[Dataset, bool]:
             raise
         except Exception:  # noqa: BLE001 - a parser meets junk with any exception; its text may quote the junk
             raise reject("unreadable-dicom") from None
+    if sum(map(_unparsed_bytes, dataset.values())) > _LONGEST_SEQUENCE:
+        raise reject("too-large")
     # pydicom returns what it could read of a cut file: with a warning where an item is open, without a word where
     # a value is short.
     if any("End of file" in str(w.message) for w in caught):
         raise reject("truncated")
     return dataset, any(map(_is_cut, dataset.values()))
+
+
+def _unparsed_bytes(element: object) -> int:
+    """Bytes that may turn out to be a sequence; a private one is not asked for."""
+    if not isinstance(element, RawDataElement) or element.tag.is_private or element.tag.group == 0x7FE0:
+        return 0
+    return len(element.value or b"") if element.VR in (None, "SQ", "UN") else 0
 
 
 def _is_cut(element: object) -> bool:

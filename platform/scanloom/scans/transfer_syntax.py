@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,12 @@ import imagecodecs
 import numpy as np
 import numpy.typing as npt
 from pydicom import uid
-from pydicom.dataelem import RawDataElement
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 
 from scanloom.errors import ScanError
 from scanloom.scans.codestream import Codestream, jpeg2000_header, jpeg_header, jpegxl_header
-from scanloom.scans.image_pixel import COLOUR, ImagePixel
+from scanloom.scans.image_pixel import ImagePixel
 from scanloom.scans.quarantine import reject
 
 Samples = npt.NDArray[Any]
@@ -66,19 +66,19 @@ class PixelSource:
     def __init__(self, dataset: Dataset, syntax: uid.UID, pixel: ImagePixel) -> None:
         element = dataset.get_item(pixel.element)
         value = element.value if isinstance(element.value, bytes) else b""
-        encapsulated = isinstance(element, RawDataElement) and element.length == 0xFFFFFFFF
+        encapsulated = value.startswith(_ITEM) and _undefined_length(element)
         self._pixel = pixel
         self._decode: Callable[[bytes, ImagePixel], StoredFrame] | None = None
         self._native = b""
         self._frames: list[list[memoryview]] = []
+        self._order = "<"
         if syntax in NATIVE and not encapsulated:
-            self._native = _native_value(value, str(element.VR), syntax, pixel)
+            self._native, self._order = _native_value(value, str(element.VR), syntax, pixel)
         elif syntax in DECODERS and not pixel.floating:
             self._decode = DECODERS[syntax]
             self._frames = frames_of_fragments(fragments(memoryview(value)), pixel.frames, _tables(dataset))
         else:
             raise reject("unsupported-syntax", "TransferSyntaxUID")
-        self._order = ">" if syntax == uid.ExplicitVRBigEndian else "<"
 
     def frame(self, index: int) -> StoredFrame:
         """Raises ScanError undecodable-pixels."""
@@ -92,16 +92,23 @@ class PixelSource:
             raise reject("undecodable-pixels", self._pixel.element) from None
 
 
+def _undefined_length(element: DataElement | RawDataElement) -> bool:
+    return element.length == 0xFFFFFFFF if isinstance(element, RawDataElement) else element.is_undefined_length
+
+
 # --- native ---------------------------------------------------------------------------------------------------
 
 
-def _native_value(value: bytes, vr: str, syntax: uid.UID, pixel: ImagePixel) -> bytes:
+def _native_value(value: bytes, vr: str, syntax: uid.UID, pixel: ImagePixel) -> tuple[bytes, str]:
+    """The bytes of all frames, and their order."""
     if len(value) < pixel.native_bytes:
         raise reject("truncated", pixel.element)
-    if syntax == uid.ExplicitVRBigEndian and vr == "OW" and pixel.allocated <= 8:
-        # PS3.5 8.1.1: samples of a byte are packed in words, and it is the words that are big endian.
-        return np.frombuffer(value, "<u2", len(value) // 2).byteswap().tobytes()
-    return value
+    if syntax != uid.ExplicitVRBigEndian:
+        return value, "<"
+    if vr != "OW":
+        return value, ">"
+    # PS3.5 8.1.1 and 7.3: it is 16-bit words that are big endian, whether a sample is a part of one, or two of them.
+    return np.frombuffer(value, ">u2", len(value) // 2).astype("<u2").tobytes(), "<"
 
 
 def native_frame(value: bytes, index: int, order: str, pixel: ImagePixel) -> StoredFrame:
@@ -285,7 +292,7 @@ def _htj2k(frame: bytes, pixel: ImagePixel) -> StoredFrame:
 def _jpeg_xl(frame: bytes, pixel: ImagePixel) -> StoredFrame:
     """libjxl gives RGB whatever the codestream's own space is."""
     header = _expected(jpegxl_header(frame), pixel)
-    samples = imagecodecs.jpegxl_decode(frame, keeporientation=True, numthreads=1)
+    samples = imagecodecs.jpegxl_decode(frame, index=0, keeporientation=True, numthreads=1)
     return StoredFrame(_restored(samples, header, pixel), "RGB" if pixel.samples == 3 else pixel.photometric)
 
 
@@ -302,10 +309,10 @@ def _restored(samples: Samples, header: Codestream, pixel: ImagePixel) -> Sample
 
     Codestreams of signed values are often marked unsigned, and then hold two's complement of `precision` bits.
     """
-    shape = (pixel.rows, pixel.columns) if pixel.samples == 1 else (pixel.rows, pixel.columns, pixel.samples)
-    if samples.reshape(samples.shape[:2] if samples.shape[2:] == (1,) else samples.shape).shape != shape:
+    if samples.shape not in ((pixel.rows, pixel.columns), (pixel.rows, pixel.columns, pixel.samples)):
         raise ValueError("decoded shape differs from Rows x Columns")
-    samples = samples.reshape(shape)
+    if samples.ndim == 3 and pixel.samples == 1:
+        samples = samples[..., 0]
     precision = header.precision or pixel.stored
     size = max(pixel.allocated // 8, 1, samples.dtype.itemsize)
     signed = samples.dtype.kind == "i"
