@@ -53,13 +53,13 @@ def prepare(recipe: Recipe) -> None:
     finished = find_artefact(corpus.uri, "corpus")
     if finished is None:
         with connected():
-            _settle(plan, _stage(plan))
+            _settle(plan, stage(plan))
     artefact = finished or _publish(plan, recipe)
     clean(plan.curation)
     _report(artefact, plan, recipe, "was finished before" if finished else f"{time.monotonic() - started:.0f} s")
 
 
-def _stage(plan: CurationPlan) -> dict[int, ShardCommit]:
+def stage(plan: CurationPlan) -> dict[int, ShardCommit]:
     """Read every unit that is not staged yet, or take it over from the version before; all the staged shards."""
     present = staged(plan.curation).keys()
     missing = [unit for unit in plan.units if unit.index not in present]

@@ -163,7 +163,7 @@ def _corpus_row(unit: Unit, member: int, frame: int | None, scan: Scan, curation
         "id": subject.id,
         "patient": subject.patient,
         "study": subject.study,
-        "image": {"bytes": png_bytes(square.pixels), "path": f"{subject.id}.png"},
+        "image": {"bytes": png_bytes(square.pixels, deflate=False), "path": f"{subject.id}.png"},
         "width": curation.size_px,
         "height": curation.size_px,
         "bits_stored": scan.image.bits_stored,

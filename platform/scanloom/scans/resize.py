@@ -24,7 +24,8 @@ class Square:
 def fit(image: ScanImage, size_px: int, how: Resize) -> Square:
     """The scan in a square of `size_px`: whole with black bars (letterbox), or its centre (crop).
 
-    Pixels that are not square are made so. Shrinking averages by whole factors first (BOX) and ends with LANCZOS.
+    Pixels that are not square are made so. Shrinking averages over whole pixels as far as their number allows, and
+    takes what is left, a factor below two, by Lanczos.
     """
     rows, columns = image.pixels.shape
     row_mm, column_mm = image.geometry.spacing_mm or (1.0, 1.0)
@@ -62,7 +63,7 @@ def _resampled(pixels: Pixels, shape: tuple[int, int]) -> Pixels:
         return pixels
     # Mode F: Pillow resamples 16 bits in few modes, and F is exact for both depths.
     image = Image.fromarray(pixels.astype(np.float32)).resize(
-        (shape[1], shape[0]), Image.Resampling.LANCZOS, reducing_gap=3.0
+        (shape[1], shape[0]), Image.Resampling.LANCZOS, reducing_gap=1.0
     )
     levels = int(np.iinfo(pixels.dtype).max)
     return np.asarray(np.rint(np.clip(np.asarray(image), 0, levels)), dtype=pixels.dtype)

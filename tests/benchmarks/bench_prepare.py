@@ -1,0 +1,254 @@
+"""Scans per second from tar shards in S3 to a corpus in S3, beside a plain program; writes docs/throughput.md.
+
+The plain program is what one writes in an afternoon: one process, pydicom.dcmread, apply_voi_lut, Pillow's resize,
+pyarrow's Parquet writer. It renames nobody, looks for no text and quarantines nothing. Ratios are of scans per
+CPU-second, taken in turns in one run; scaling and memory are of the job itself, on Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydicom
+import yaml
+from PIL import Image
+from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
+
+from jobs.cluster import connected
+from jobs.prepare import stage
+from scanloom.embedded_s3 import EmbeddedS3
+from scanloom.recipe import parse_recipe
+from scanloom.scans.corpus_plan import claim, plan_curation
+from scanloom.scans.curate import stage_unit
+from scanloom.scans.deidentify import KEY_VARIABLE
+from scanloom.scans.phantoms import phantom
+from scanloom.store import Store
+from tests.made_dicom import LOSSLESS, dataset, tar, written
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "docs" / "throughput.md"
+SIZE_PX, BITS, DISTINCT = 256, 12, 24
+LEAST = {"explicit": 1.5, "rle": 1.2, "jpeg-ls": 1.2, "jpeg-2000": 1.0}
+NAMES = {"explicit": "native", "rle": "RLE", "jpeg-ls": "JPEG-LS", "jpeg-2000": "JPEG 2000"}
+LEAST_SCALING, MOST_GROWTH = 1.8, 1.15
+ATTRIBUTES = [
+    {"name": "sex", "kind": "category", "source": "PatientSex", "values": ["F", "M"]},
+    {"name": "age", "source": "PatientAge", "kind": "number", "unit": "years", "minimum": 0, "maximum": 90, "cap": 90},
+    {"name": "view", "kind": "category", "source": "ViewPosition", "values": ["PA", "AP"]},
+]
+
+
+# --- the scans ------------------------------------------------------------------------------------------------
+
+
+def fill(store: Store, syntax: str, shards: int, per_shard: int, side_px: int = 512) -> None:
+    """Tar shards of chest phantoms with 12 bits and a detector's grain, which is what makes coding hard.
+
+    Pixels repeat after 24 scans, identities do not.
+    """
+    bodies = [_body(number, syntax, side_px) for number in range(DISTINCT)]
+    for shard in range(shards):
+        numbers = range(shard * per_shard, (shard + 1) * per_shard)
+        store.write(f"{shard:05d}.tar", tar([(f"{n}.dcm", _scan(bodies[n % DISTINCT], n)) for n in numbers]))
+
+
+def _body(number: int, syntax: str, side_px: int) -> pydicom.FileDataset:
+    smooth = phantom(0, number, side_px).pixels.astype(np.float64) * (4000 / 255)
+    grain = np.random.default_rng(number).normal(20, 12, smooth.shape)
+    pixels = np.clip(smooth + grain, 0, 4095).astype(np.uint16)
+    made = dataset(pixels, bits_stored=BITS, WindowCenter=2048, WindowWidth=3600, PixelSpacing=[0.3, 0.3])
+    return pydicom.dcmread(io.BytesIO(written(made, LOSSLESS[syntax])))
+
+
+def _scan(body: pydicom.FileDataset, number: int) -> bytes:
+    body.PatientID, body.PatientSex = f"P{number % 997}", "FM"[number % 2]
+    body.PatientAge = f"{20 + number % 60:03d}Y"
+    body.SOPInstanceUID = body.file_meta.MediaStorageSOPInstanceUID = f"1.2.826.0.1.{number}"
+    sink = io.BytesIO()
+    body.save_as(sink, enforce_file_format=True)
+    return sink.getvalue()
+
+
+# --- the two programs -----------------------------------------------------------------------------------------
+
+
+def plain(source: Store, sink: Store) -> int:
+    """Every scan of every tar, resized, with its header's sex, age and view, into one Parquet file a tar."""
+    count = 0
+    for found in source.list():
+        with source.filesystem.open_input_stream(source.path(found.key)) as stream:
+            rows = list(_plain_rows(stream))
+        with sink.filesystem.open_output_stream(sink.path(found.key)) as out:
+            pq.write_table(pa.Table.from_pylist(rows), out)
+        count += len(rows)
+    return count
+
+
+def _plain_rows(stream: Any) -> Iterator[dict[str, Any]]:
+    with tarfile.open(fileobj=stream, mode="r|") as members:
+        for member in members:
+            scan = pydicom.dcmread(io.BytesIO(members.extractfile(member).read()))
+            shown = apply_voi_lut(apply_modality_lut(scan.pixel_array, scan), scan)
+            low, high = shown.min(), shown.max()
+            unit = ((shown - low) / (high - low) * 65535).astype(np.float32)
+            small = Image.fromarray(unit).resize((SIZE_PX, SIZE_PX), Image.Resampling.LANCZOS)
+            pixels = np.clip(np.asarray(small), 0, 65535).astype(np.uint16).tobytes()
+            yield {"image": pixels, "sex": scan.PatientSex, "age": scan.PatientAge, "view": scan.ViewPosition}
+
+
+def prepared(source: Store, sink: Store, *, text: str = "ignore") -> int:
+    """The same by scanloom in this one process: all of `scanloom prepare` but Ray."""
+    plan = plan_curation(parse_recipe(recipe(source, sink, burned_in_text=text), "bench"))
+    claim(plan)
+    rows = [{"unit": unit.model_dump_json(), "taken_over": None} for unit in plan.units]
+    return sum(stage_unit(row, plan.curation)["scans"] for row in rows)
+
+
+def recipe(source: Store, sink: Store, **prepare: Any) -> dict[str, Any]:
+    section = {"source": {"kind": "dicom", "uri": source.uri}, "size_px": SIZE_PX, **prepare}
+    return {"name": "bench", "store": sink.uri, "attributes": ATTRIBUTES, "prepare": section}
+
+
+# --- measuring ------------------------------------------------------------------------------------------------
+
+
+def per_cpu_second(program: Callable[[Store, Store], int], source: Store, sink: Store) -> float:
+    """Scans per CPU-second of this process, all its threads counted."""
+    if sink.is_local:
+        Path(sink.uri).mkdir(parents=True, exist_ok=True)
+    started = time.process_time()
+    return program(source, sink) / (time.process_time() - started)
+
+
+def rates(root: Store, syntax: str, shards: int, per_shard: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Median rates of the plain program, scanloom without and with the search for text; the two median ratios."""
+    source = root.at(f"in-{syntax}")
+    fill(source, syntax, shards, per_shard)
+    programs = (plain, prepared, partial(prepared, text="flag"))
+    turns = [
+        [per_cpu_second(run, source, root.at(f"out-{syntax}-{turn}-{i}")) for i, run in enumerate(programs)]
+        for turn in range(rounds + 1)
+    ][1:]  # the first turn also loads the codecs
+    medians = [statistics.median(column) for column in zip(*turns, strict=True)]
+    return medians, [statistics.median(turn[i] / turn[0] for turn in turns) for i in (1, 2)]
+
+
+def scaling(root: Store, syntax: str, rounds: int) -> float:
+    """How much faster two workers of one CPU each read `in-SYNTAX` than one, median over turns."""
+    factors = []
+    for turn in range(rounds + 1):
+        seconds = []
+        for workers in (1, 2):
+            tree = recipe(root.at(f"in-{syntax}"), root.at(f"scaled-{syntax}-{turn}-{workers}"), workers=workers)
+            plan = plan_curation(parse_recipe(tree, "bench"))
+            claim(plan)
+            started = time.monotonic()
+            stage(plan)
+            seconds.append(time.monotonic() - started)
+        factors.append(seconds[0] / seconds[1])
+    return statistics.median(factors[1:])  # the first turn starts the workers
+
+
+def peak_memory(source: Store, sink: Store) -> int:
+    """Peak of the memory that the driver and its workers have to themselves while a whole job runs, in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe(source, sink)))
+        with (Path(folder) / "said").open("wb") as said:
+            job = psutil.Popen([sys.executable, "-m", "jobs.prepare", str(file)], cwd=ROOT, stdout=said, stderr=said)
+            peak = 0
+            while job.poll() is None:
+                peak = max(peak, _own_memory(job))
+                with suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
+                    job.wait(0.2)
+        if job.returncode:
+            raise SystemExit((Path(folder) / "said").read_text())
+    return peak
+
+
+def _own_memory(job: psutil.Process) -> int:
+    total = 0
+    with suppress(psutil.Error):
+        for process in [job, *job.children(recursive=True)]:
+            with suppress(psutil.Error):
+                if process == job or process.name().startswith("ray::"):
+                    total += process.memory_full_info().uss
+    return total
+
+
+# --- the report -----------------------------------------------------------------------------------------------
+
+HEAD = """# How fast scans become a corpus
+
+Measured by `tests/benchmarks/bench_prepare.py` on {machine}; rates are that machine's, ratios are what to compare.
+
+The scans are 512x512 chest phantoms of 12 bits with a detector's grain, in tar shards in S3 (SeaweedFS on the same
+machine), and become 256x256 images of 16 bits in Parquet in S3. The plain program is one process of pydicom.dcmread,
+apply_voi_lut, Pillow's resize and pyarrow's writer: it renames nobody, hashes nothing, looks for no text, keeps no
+geometry and quarantines nothing. The column "with text search" has `prepare.burned_in_text: flag`, the default.
+
+| transfer syntax | plain program | scanloom | ratio | with text search | ratio | two workers to one |
+|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--quick", action="store_true", help="a tenth of the scans; docs/throughput.md is left alone")
+    asked = options.parse_args()
+    os.environ.setdefault(KEY_VARIABLE, "bench" * 8)
+    least = 1 if asked.quick else 10
+    with tempfile.TemporaryDirectory() as folder, EmbeddedS3(Path(folder)) as s3:
+        os.environ.update(s3.environment)
+        s3.create_bucket("bench")
+        root, missed, text = Store("s3://bench/run"), [], HEAD.format(machine=_machine())
+        measured = {syntax: rates(root, syntax, 2 * least, 50, asked.rounds) for syntax in LEAST}
+        with connected():
+            scaled = {syntax: scaling(root, syntax, asked.rounds) for syntax in LEAST}
+        for syntax, ((peer, ours, searching), ratios) in measured.items():
+            text += (
+                f"| {NAMES[syntax]} | {peer:.0f}/s | {ours:.0f}/s | {ratios[0]:.2f} | {searching:.0f}/s "
+                f"| {ratios[1]:.2f} | {scaled[syntax]:.2f} |\n"
+            )
+            missed += [f"{syntax}: ratio {ratios[0]:.2f}"] * (ratios[0] < LEAST[syntax])
+            missed += [f"{syntax}: two workers {scaled[syntax]:.2f}"] * (scaled[syntax] < LEAST_SCALING)
+        peaks = []
+        for scans in (100 * least, 2000 * least):
+            fill(root.at(f"one-{scans}"), "explicit", 1, scans, side_px=128)
+            peaks.append(peak_memory(root.at(f"one-{scans}"), root.at(f"one-{scans}-out")) / 1e6)
+        text += (
+            f"\nPeak memory of driver and workers while one tar is read, {100 * least:,} scans: {peaks[0]:.0f} MB; "
+            f"{2000 * least:,} scans: {peaks[1]:.0f} MB ({peaks[1] / peaks[0]:.2f} times).\n"
+        )
+        missed += ["memory grows"] * (peaks[1] > MOST_GROWTH * peaks[0])
+    print(text, *missed, sep="\n")  # noqa: T201
+    if not asked.quick:
+        TABLE.write_text(text)
+    return 1 if missed else 0
+
+
+def _machine() -> str:
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": a CPU")
+    return f"{os.cpu_count()} cores of {model.partition(':')[2].strip()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
