@@ -6,17 +6,31 @@ that names the nearest one. The resolved recipe is stored in the manifest of wha
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from scanloom.errors import RecipeError
+from scanloom.recipe_prepare import Decode as Decode
+from scanloom.recipe_prepare import DicomSource as DicomSource
+from scanloom.recipe_prepare import DicomWebSource as DicomWebSource
+from scanloom.recipe_prepare import FixedWindow as FixedWindow
+from scanloom.recipe_prepare import FullWindow as FullWindow
+from scanloom.recipe_prepare import HeaderWindow as HeaderWindow
+from scanloom.recipe_prepare import ImageFolderSource as ImageFolderSource
+from scanloom.recipe_prepare import NiftiSource as NiftiSource
+from scanloom.recipe_prepare import ParquetSource as ParquetSource
+from scanloom.recipe_prepare import PhantomSource as PhantomSource
+from scanloom.recipe_prepare import Prepare as Prepare
+from scanloom.recipe_prepare import Source as Source
+from scanloom.recipe_prepare import Split as Split
+from scanloom.recipe_prepare import Window as Window
+from scanloom.section import Count, Fraction, Positive, Section, Words
+from scanloom.section import nearest as nearest
 
 # Column names of the Parquet shards that no attribute may shadow.
 RESERVED_COLUMNS = frozenset(
@@ -33,33 +47,6 @@ _OF_ONE_CORPUS = frozenset({"corpus", "autoencoder", "latents", "generator"})
 
 # YAML 1.1 reads 1e-5 as a string; people write learning rates so.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """A frozen block of a recipe that refuses unknown keys by naming the nearest known one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_nearest_key(cls, data: object) -> object:
-        if isinstance(data, Mapping):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}{nearest(str(key), cls.model_fields)}")
-        return data
-
-
-def nearest(word: str, known: Mapping[str, object] | Sequence[str]) -> str:
-    """A hint such as `; did you mean 'steps'?`, or the list of what is known when nothing is near."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"
-
 
 # --- attributes -----------------------------------------------------------------------------------------------
 
@@ -135,155 +122,6 @@ class LabelsAttribute(_Named):
 
 
 AttributeDeclaration = Annotated[CategoryAttribute | NumberAttribute | LabelsAttribute, Field(discriminator="kind")]
-
-
-# --- scans in -------------------------------------------------------------------------------------------------
-
-
-class DicomSource(Section):
-    """DICOM objects under a prefix of a store, as they are or inside .tar, .tar.gz, .tgz or .zip archives."""
-
-    kind: Literal["dicom"] = "dicom"
-    uri: str
-    files_per_unit: Count = 256
-    """Loose objects that are read as one piece of work; an archive is always a piece of its own."""
-
-
-class DicomWebSource(Section):
-    """The studies of a PACS that speaks DICOMweb: QIDO-RS finds the series, WADO-RS fetches their instances.
-
-    The value of an Authorization header, if the server wants one, comes from SCANLOOM_DICOMWEB_AUTHORIZATION.
-    """
-
-    kind: Literal["dicomweb"] = "dicomweb"
-    uri: Annotated[str, Field(pattern=r"^https?://")]
-    """The service's root, such as https://pacs.example/dicom-web."""
-    query: Mapping[str, str] = {}
-    """QIDO-RS filters on series by DICOM keyword, such as {Modality: CR, StudyDate: 20200101-20201231}."""
-
-
-class ImageFolderSource(Section):
-    """PNG, JPEG or TIFF files under a prefix and a CSV with one row a file."""
-
-    kind: Literal["image-folder"] = "image-folder"
-    uri: str
-    table: str
-    """URI of the CSV."""
-    preset: Literal["nih-cxr14", "chexpert", "generic"] = "generic"
-    file_column: str = "file"
-    patient_column: str = "patient"
-    study_column: str = ""
-    """Empty: every file is a study of its own."""
-    uncertain: Literal["absent", "present", "unknown"] = "unknown"
-    """chexpert: what a finding marked -1 counts as; unknown makes all the findings of that image unknown."""
-    files_per_unit: Count = 256
-
-
-class ParquetSource(Section):
-    """Parquet files under a prefix, one row an image, encoded as PNG, JPEG or TIFF or as a DICOM file."""
-
-    kind: Literal["parquet"] = "parquet"
-    uri: str
-    image_column: str = "image"
-    """Binary, or Hugging Face's struct of `bytes` and `path`."""
-    patient_column: str = "patient"
-    study_column: str = ""
-
-
-class NiftiSource(Section):
-    """The slices of NIfTI volumes (.nii, .nii.gz) under a prefix and a CSV with one row a volume."""
-
-    kind: Literal["nifti"] = "nifti"
-    uri: str
-    table: str
-    """URI of the CSV."""
-    file_column: str = "file"
-    patient_column: str = "patient"
-    study_column: str = ""
-    plane: Literal["axial", "coronal", "sagittal"] = "axial"
-    every: Count = 1
-    """Take each n-th slice."""
-    value_unit: str = ""
-    """What the voxel values are in, such as HU."""
-
-
-class PhantomSource(Section):
-    """Procedural chest phantoms: nobody's scans, with known ground truth."""
-
-    kind: Literal["phantoms"] = "phantoms"
-    scans: Count = 1024
-    scans_per_unit: Count = 256
-
-
-Source = Annotated[
-    DicomSource | DicomWebSource | ImageFolderSource | ParquetSource | NiftiSource | PhantomSource,
-    Field(discriminator="kind"),
-]
-
-
-class HeaderWindow(Section):
-    """What the header asks for: its VOI LUT, else its window number `index`, else its whole range of values."""
-
-    kind: Literal["header"] = "header"
-    index: Annotated[int, Field(ge=0)] = 0
-
-
-class FixedWindow(Section):
-    """The same window for every scan, in modality values: HU for CT. Image files, which have none, keep theirs."""
-
-    kind: Literal["fixed"] = "fixed"
-    center: float
-    width: Positive
-
-
-class FullWindow(Section):
-    """From the smallest value of the frame to its largest, padding left out."""
-
-    kind: Literal["full"] = "full"
-
-
-Window = Annotated[HeaderWindow | FixedWindow | FullWindow, Field(discriminator="kind")]
-
-
-class Decode(Section):
-    """From stored values to pixels."""
-
-    window: Window = HeaderWindow()
-    colour: Literal["refuse", "luminance"] = "refuse"
-    """A colour image whose channels are equal is gray and always read; others are refused or read by their luma."""
-    repair: bool = True
-    """Read files with one of two small faults and flag them: no transfer syntax named, or at most 1 % of the pixel
-    bytes missing at the end."""
-
-
-class Split(Section):
-    """Shares of patients; the holdout share never trains anything."""
-
-    train: Fraction = 0.8
-    validation: Fraction = 0.1
-    holdout: Fraction = 0.1
-
-    @model_validator(mode="after")
-    def _sums_to_one(self) -> Self:
-        total = self.train + self.validation + self.holdout
-        if not math.isclose(total, 1.0, abs_tol=1e-9):
-            raise ValueError(f"split shares sum to {total:g}, not to 1")
-        return self
-
-
-class Prepare(Section):
-    source: Source
-    size_px: Annotated[int, Field(ge=16, le=2048, multiple_of=8)] = 64
-    resize: Literal["letterbox", "crop"] = "letterbox"
-    decode: Decode = Decode()
-    burned_in_text: Literal["quarantine", "flag", "ignore"] = "flag"
-    """What happens to a scan in whose pixels lines of text are seen, whatever its header says of them."""
-    near_duplicate_bits: Annotated[int, Field(ge=0, le=64)] = 10
-    """Two patients' scans whose 256-bit fingerprints differ in at most this many bits are reported as alike."""
-    split: Split = Split()
-    max_rejected_share: Fraction = 0.5
-    """A run that quarantines a larger share of its scans stops with the table of reasons."""
-    workers: Count = 2
 
 
 # --- models ---------------------------------------------------------------------------------------------------
