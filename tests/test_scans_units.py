@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scanloom.scans.deidentify import Pseudonyms
 from scanloom.scans.scan import SourceFile, TableRow
-from scanloom.scans.units import UNIT_BYTES, Unit, by_digest, cut, grown, listing_of, remembered
+from scanloom.scans.units import UNIT_BYTES, Listing, ShardFacts, Unit, by_digest, cut, grown, listing_of, remembered
 from tests.made_dicom import KEY
 
 PSEUDONYMS = Pseudonyms(KEY.encode())
@@ -21,6 +21,10 @@ def files(numbers: Sequence[int], version: str = "1") -> list[SourceFile]:
 
 def keys(units: Sequence[Unit]) -> list[str]:
     return [file.key for unit in units for file in unit.files]
+
+
+def facts(listing: Listing, lost: Collection[int] = (), empty: Collection[int] = ()) -> dict[int, ShardFacts]:
+    return {unit.index: ShardFacts(0 if unit.index in empty else 2, unit.index in lost) for unit in listing.units}
 
 
 def test_loose_files_share_a_unit_up_to_its_count_and_bytes_and_others_are_alone() -> None:
@@ -48,7 +52,7 @@ def test_a_changed_source_keeps_what_is_intact_and_cuts_the_rest_anew(
     old = by_digest(files(sorted(first)), PSEUDONYMS)
     listing = listing_of("rules", cut(list(old.values()), 4, 0), old)
     new = by_digest(files(sorted((first | added) - removed)), PSEUDONYMS)
-    units = grown(listing, new, (), 4)
+    units = grown(listing, new, facts(listing), 4)
     assert sorted(keys(units)) == sorted(file.key for file in new.values())
     before = {unit.index: unit for unit in remembered(listing, old)}
     for unit in units:
@@ -64,10 +68,11 @@ def test_units_that_lost_duplicates_are_read_again_when_any_unit_is_gone() -> No
     old = by_digest(files(range(1, 7)), PSEUDONYMS)
     listing = listing_of("rules", cut(list(old.values()), 2, 0), old)
     more = by_digest(files(range(1, 9)), PSEUDONYMS)
-    assert [unit.index for unit in grown(listing, more, {2}, 2)] == [0, 1, 2, 3, 4]
+    assert [unit.index for unit in grown(listing, more, facts(listing, {2}), 2)] == [0, 1, 2, 3, 4]
     fewer = by_digest(files(range(3, 7)), PSEUDONYMS)
-    assert [unit.index for unit in grown(listing, fewer, {2}, 2)] == [1, 3]
-    assert [unit.index for unit in grown(listing, fewer, (), 2)] == [1, 2]
+    assert [unit.index for unit in grown(listing, fewer, facts(listing, {2}), 2)] == [1, 3]
+    assert [unit.index for unit in grown(listing, fewer, facts(listing), 2)] == [1, 2]
+    assert [unit.index for unit in grown(listing, fewer, facts(listing, {2}, empty={0}), 2)] == [1, 2]
 
 
 def test_a_file_that_changed_in_place_or_in_the_table_is_another_file() -> None:

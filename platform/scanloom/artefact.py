@@ -26,6 +26,8 @@ from scanloom.store import Store, StoredFile
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 COMMITS = "commits"
+UNITS = "units"
+"""What a corpus remembers of its source."""
 SCHEMA_VERSION = 1
 
 Kind = Literal["corpus", "autoencoder", "latents", "generator", "dataset", "audit", "release"]
@@ -203,7 +205,7 @@ def verify(artefact: Artefact, examined: Callable[[], object] = lambda: None) ->
                 yield problem
     known = {file.path for file in artefact.manifest.files}
     for found in artefact.store.list():
-        if found.key not in known | {MANIFEST, PLAN} and not found.key.startswith(f"{COMMITS}/"):
+        if found.key not in known | {MANIFEST, PLAN} and found.key.split("/")[0] not in (COMMITS, UNITS):
             yield Problem(found.key, "extra", "not in the manifest; readers never look at it")
 
 

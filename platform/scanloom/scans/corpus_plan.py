@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from scanloom.artefact import Lineage, canonical_json, find_artefact, plan_digest
+from scanloom.artefact import UNITS, Lineage, canonical_json, find_artefact, plan_digest
 from scanloom.attributes import AttributeSchema
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import Decode, PhantomSource, Prepare, Recipe, Source, Split
@@ -20,7 +20,7 @@ from scanloom.scans.deidentify import Pseudonyms, pseudonyms_from_environment
 from scanloom.scans.resize import Resize
 from scanloom.scans.scan import SourceFile
 from scanloom.scans.sources import files_per_unit, list_files
-from scanloom.scans.units import Listing, Unit, by_digest, cut, grown, listing_of, remembered
+from scanloom.scans.units import Listing, ShardFacts, Unit, by_digest, cut, grown, listing_of, remembered
 from scanloom.shards.commit import ShardCommit, begin, claimed_plan, committed, committed_shards
 from scanloom.store import Store
 
@@ -235,9 +235,11 @@ def _folder(recipe: Recipe, version: int) -> Store:
 def _listing(rules: str, files: Mapping[str, SourceFile], before: _Version | None, files_per_unit: int) -> Listing:
     if before is None:
         return listing_of(rules, cut(list(files.values()), files_per_unit, 0), files)
-    shards = committed(before.store, before.plan)
-    entangled = {unit for unit, shard in shards.items() if "duplicate" in shard.statistics["quarantined"]}
-    return listing_of(rules, grown(before.listing, files, entangled, files_per_unit), files)
+    facts = {
+        unit: ShardFacts(shard.rows, "duplicate" in shard.statistics["quarantined"])
+        for unit, shard in committed(before.store, before.plan).items()
+    }
+    return listing_of(rules, grown(before.listing, files, facts, files_per_unit), files)
 
 
 def _taken_over(listing: Listing, before: _Version | None) -> dict[int, ShardCommit]:
@@ -264,7 +266,7 @@ def _begun(store: Store, rules: str) -> _Version | None:
 
 
 def _listing_key(plan: str) -> str:
-    return f"units/{plan[:12]}.json"
+    return f"{UNITS}/{plan[:12]}.json"
 
 
 def _lineage(

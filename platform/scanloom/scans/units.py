@@ -7,7 +7,8 @@ numbers, and only the rest is cut into new ones, so that nothing is read twice.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -40,6 +41,13 @@ class UnitRecord(_Record):
 
     index: int
     files: tuple[str, ...]
+
+
+class ShardFacts(NamedTuple):
+    """What became of a unit: how many scans it gave, and whether it lost some that others gave too."""
+
+    scans: int
+    lost_duplicates: bool
 
 
 class Listing(_Record):
@@ -85,16 +93,17 @@ def remembered(listing: Listing, files: Mapping[str, SourceFile]) -> list[Unit]:
 
 
 def grown(
-    listing: Listing, files: Mapping[str, SourceFile], entangled: Collection[int], files_per_unit: int
+    listing: Listing, files: Mapping[str, SourceFile], shards: Mapping[int, ShardFacts], files_per_unit: int
 ) -> list[Unit]:
     """The units of a source that has changed since `listing`; those that were read already are as they were.
 
-    A unit of which a file has vanished or changed is cut anew from what is left of it. Then the units in `entangled`
-    are too: they lost duplicates to others, which may be the ones that vanished.
+    A unit of which a file has vanished or changed is cut anew from what is left of it. If it held scans, then so are
+    the units that lost duplicates: they may have lost them to these.
     """
     intact = [unit for unit in listing.units if files.keys() >= set(unit.files)]
-    if len(intact) < len(listing.units):
-        intact = [unit for unit in intact if unit.index not in entangled]
+    gone = {unit.index for unit in listing.units} - {unit.index for unit in intact}
+    if any(shards[unit].scans for unit in gone):
+        intact = [unit for unit in intact if not shards[unit.index].lost_duplicates]
     kept = remembered(Listing(rules=listing.rules, units=tuple(intact)), files)
     known = {digest for unit in intact for digest in unit.files}
     rest = [file for digest, file in files.items() if digest not in known]
