@@ -33,6 +33,8 @@ CODES: Mapping[str, str] = {
     "no-rows": "the Parquet file has no rows",
     "not-nifti": "the file is no NIfTI volume in one file (.nii or .nii.gz)",
     "unreadable-nifti": "the NIfTI header contradicts itself",
+    "not-delivered": "the server lists the instance but does not give it",
+    "empty-series": "the server lists no instance for the series",
     # what it holds
     "not-an-image": "the object is no scan: a report, waveform, plan, dose, segmentation, directory or the like",
     "no-pixels": "the image object holds no pixel data",

@@ -1,0 +1,173 @@
+"""A small DICOMweb server on loopback: QIDO-RS with paging, WADO-RS multipart, and the faults of real ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import socket
+import struct
+import threading
+from collections.abc import Iterable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Literal, Self
+from urllib.parse import parse_qsl, urlsplit
+
+import pydicom
+from pydicom.datadict import tag_for_keyword
+
+Fault = Literal["503", "500", "429", "404", "401", "reset", "truncate", "stall", "no-boundary", "html", "cut-json"]
+ROOT = "/dicom-web"
+_BOUNDARY = "a-boundary"
+
+
+class DicomWebServer:
+    """`with DicomWebServer(files) as server: server.inject("503", "/instances/", times=2)`."""
+
+    def __init__(self, files: Iterable[bytes], *, page_cap: int = 1000, knows_offset: bool = True) -> None:
+        self._files = {str(d.SOPInstanceUID): (d, data) for d, data in ((_parsed(data), data) for data in files)}
+        self.page_cap = page_cap
+        self.knows_offset = knows_offset
+        self.bare = False
+        """Send an instance as application/dicom, without multipart, as some servers do."""
+        self.redirect = ""
+        """Where every request is sent on to."""
+        self.requests: list[tuple[str, Mapping[str, str]]] = []
+        self._faults: list[list[Any]] = []
+        self._lock = threading.Lock()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http.daemon_threads = True
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_port}{ROOT}"
+
+    def inject(self, fault: Fault, path: str = "", times: int = 1) -> None:
+        """Break the next `times` requests whose path and query match."""
+        self._faults.append([fault, path, times])
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join(5)
+
+    def fault(self, path: str) -> Fault | None:
+        with self._lock:
+            for rule in self._faults:
+                if rule[2] and re.search(rule[1], path):
+                    rule[2] -= 1
+                    fault: Fault = rule[0]
+                    return fault
+        return None
+
+    def search(self, path: str, query: Mapping[str, str]) -> list[dict[str, Any]]:
+        """The results on the level that the path names, one page of them."""
+        level = path.rpartition("/")[2]
+        tag = {"series": "SeriesInstanceUID", "instances": "SOPInstanceUID"}[level]
+        uids = dict(zip(*[iter(path.strip("/").split("/")[:-1])] * 2, strict=True))
+        wanted = {"StudyInstanceUID": uids.get("studies"), "SeriesInstanceUID": uids.get("series")}
+        filters = {k: v for k, v in (wanted | dict(query)).items() if v and tag_for_keyword(k)}
+        found: dict[str, dict[str, Any]] = {}
+        for dataset, _ in self._files.values():
+            if all(str(dataset.get(k, "")) == v for k, v in filters.items()):
+                result = found.setdefault(str(dataset[tag].value), self._result(dataset, level))
+                count = result.setdefault("00201209", {"vr": "IS", "Value": [0]})
+                count["Value"][0] += 1
+        offset = int(query.get("offset", 0)) if self.knows_offset else 0
+        return list(found.values())[offset:][: min(int(query.get("limit", 10**9)), self.page_cap)]
+
+    def _result(self, dataset: pydicom.Dataset, level: str) -> dict[str, Any]:
+        keywords = ["StudyInstanceUID", "SeriesInstanceUID", "Modality", "PatientID"]
+        keywords += ["SOPInstanceUID"] if level == "instances" else []
+        result = {
+            f"{tag_for_keyword(k):08X}": {"vr": dataset[k].VR, "Value": [str(dataset[k].value)]} for k in keywords
+        }
+        return result | {"00081190": {"vr": "UR", "Value": [f"{self.url}/{len(self.requests)}"]}}
+
+    def instance(self, path: str) -> bytes | None:
+        found = self._files.get(path.rpartition("/")[2])
+        return found[1] if found else None
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                server.requests.append((self.path, dict(self.headers.items())))
+                if server.redirect:
+                    self._send(302, "text/plain", b"", {"Location": server.redirect + self.path.removeprefix(ROOT)})
+                    return
+                fault = server.fault(self.path)
+                if fault == "reset":
+                    linger = struct.pack("ii", 1, 0)
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    # Beside the files over it, whose references would keep it open.
+                    socket.close(self.connection.detach())
+                    self.close_connection = True
+                elif fault == "stall":
+                    self.connection.settimeout(5)
+                    self.rfile.read(1)  # until the other side gives up
+                elif fault in ("503", "500", "429", "404", "401"):
+                    self._send(int(fault), "text/plain", b"PHITEST said no", {"Retry-After": "0"})
+                elif fault == "html":
+                    self._send(200, "text/html", b"<html>Please log in</html>")
+                else:
+                    self._answer(fault)
+
+            def _answer(self, fault: Fault | None) -> None:
+                parts = urlsplit(self.path.removeprefix(ROOT))
+                if re.search(r"/instances/[^/]+$", parts.path):
+                    self._send_instance(parts.path, fault)
+                    return
+                page = json.dumps(server.search(parts.path, dict(parse_qsl(parts.query)))).encode()
+                self._send(200, "application/dicom+json", page[:-5] if fault == "cut-json" else page, fault=fault)
+
+            def _send_instance(self, path: str, fault: Fault | None) -> None:
+                data = server.instance(path)
+                if data is None:
+                    self._send(404, "text/plain", b"")
+                elif server.bare:
+                    self._send(200, "application/dicom", data, fault=fault)
+                else:
+                    head = f"--{_BOUNDARY}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+                    end = b"" if fault == "no-boundary" else f"\r\n--{_BOUNDARY}--\r\n".encode()
+                    kind = f'multipart/related; type="application/dicom"; boundary="{_BOUNDARY}"'
+                    self._send(200, kind, head + data + end, fault=fault)
+
+            def _send(
+                self,
+                status: int,
+                kind: str,
+                body: bytes,
+                headers: Mapping[str, str] | None = None,
+                fault: Fault | None = None,
+            ) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                for name, value in (headers or {}).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if fault == "truncate":
+                    self.wfile.write(body[: len(body) // 2])
+                    self.wfile.flush()
+                    self.close_connection = True
+                else:
+                    self.wfile.write(body)
+
+        return Handler
+
+
+def _parsed(data: bytes) -> pydicom.Dataset:
+    return pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, force=True)
