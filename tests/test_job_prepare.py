@@ -273,6 +273,15 @@ def test_the_share_of_refused_files_decides_whether_the_run_stops(tmp_path: Path
         assert "duplicate 3" in message
 
 
+def test_a_recipe_that_would_tell_the_oldest_apart_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "in")
+    tree = recipe(str(tmp_path / "out"), str(tmp_path / "in")).model_dump(mode="json")
+    age = {"name": "age", "source": "PatientAge", "kind": "number", "unit": "years", "minimum": 0, "maximum": 120}
+    with pytest.raises(RecipeError, match="ages over 89 .* set its cap to 90"):
+        plan_curation(parse_recipe(tree | {"attributes": [age]}, "test"))
+    assert plan_curation(parse_recipe(tree | {"attributes": [age | {"cap": 90}]}, "test")).units
+
+
 def test_a_store_inside_the_source_is_refused(tmp_path: Path) -> None:
     fill(tmp_path)
     with pytest.raises(RecipeError, match=r"lies inside prepare\.source\.uri"):

@@ -80,8 +80,8 @@ def test_no_text_of_any_attribute_of_the_standard_survives() -> None:
     assert CANARY.encode() not in pickle.dumps(known)
     assert dict(known.attributes) == {"sex": None, "age": 61.0, "view": None, "findings": None}
     assert known.actions["(private)", "removed"] == 2
-    assert known.actions["PatientSex", "withheld"] == 1
-    assert known.actions["PatientName", "removed"] == 1
+    assert known.actions["(0010,0040) PatientSex", "withheld"] == 1
+    assert known.actions["(0010,0010) PatientName", "removed"] == 1
     assert sum(known.actions.values()) == len(made.keys())
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from scanloom.artefact import UNITS, Lineage, canonical_json, find_artefact, plan_digest
 from scanloom.attributes import AttributeSchema
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.recipe import Decode, PhantomSource, Prepare, Recipe, Source, Split
+from scanloom.recipe import Decode, NumberAttribute, PhantomSource, Prepare, Recipe, Source, Split
 from scanloom.scans.deidentify import Pseudonyms, pseudonyms_from_environment
 from scanloom.scans.resize import Resize
 from scanloom.scans.scan import SourceFile
@@ -25,6 +25,8 @@ from scanloom.shards.commit import ShardCommit, begin, claimed_plan, committed, 
 from scanloom.store import Store
 
 STAGING = "staging"
+OLDEST_SHOWN_YEARS = 90
+"""What every age over 89 is recorded as."""
 FORMAT = 2
 """Raised whenever the same scans would come out as other bytes."""
 
@@ -127,6 +129,7 @@ def plan_curation(recipe: Recipe) -> CurationPlan:
     schema = AttributeSchema(declarations=recipe.attributes)
     source = _anywhere(section.source)
     _require_apart(recipe, source)
+    _require_capped(schema, source)
     pseudonyms = pseudonyms_of(source)
     files = by_digest(list_files(source, schema), pseudonyms)
     rules = _rules(recipe, section, source, pseudonyms)
@@ -182,6 +185,18 @@ def _require_apart(recipe: Recipe, source: Source) -> None:
             f"store {recipe.store}: lies inside prepare.source.uri {source.uri}, so that a second run would read "
             "what the first one wrote; choose another folder"
         )
+
+
+def _require_capped(schema: AttributeSchema, source: Source) -> None:
+    """Raise RecipeError where an age over 89 could be told from another (45 CFR 164.514(b)(2)(i)(C))."""
+    for attribute in schema.declarations if not isinstance(source, PhantomSource) else ():
+        if isinstance(attribute, NumberAttribute) and attribute.unit == "years":
+            highest = attribute.maximum if attribute.cap is None else attribute.cap
+            if highest > OLDEST_SHOWN_YEARS:
+                raise RecipeError(
+                    f"attribute {attribute.name!r}: ages over 89 can identify a patient; set its cap to "
+                    f"{OLDEST_SHOWN_YEARS} (and its maximum, if you like), so that all of them read alike"
+                )
 
 
 def pseudonyms_of(source: Source) -> Pseudonyms:
