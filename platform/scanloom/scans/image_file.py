@@ -34,7 +34,8 @@ def _pixels(data: bytes, colour: Colour) -> Pixels:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise reject("too-large")
-            if getattr(image, "n_frames", 1) > 1:
+            # Counting the pages of a TIFF walks through all of them.
+            if getattr(image, "is_animated", False):
                 raise reject("several-pages")
             return _gray(image, colour)
     except ScanError:
