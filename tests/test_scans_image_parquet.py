@@ -154,6 +154,12 @@ def test_class_labels_of_hugging_face_read_by_their_names(tmp_path: Path) -> Non
     assert [attributes(r)["sex"] for r in found(source(tmp_path, damaged))] == [None] * 3
 
 
+def test_no_attribute_can_be_the_patient(tmp_path: Path) -> None:
+    number = NumberAttribute(name="number", source="patient", unit="1", minimum=0, maximum=1e9)
+    with pytest.raises(RecipeError, match="names the patient, so it is not kept"):
+        list_files(source(tmp_path, columns(1, patient=[7])), AttributeSchema(declarations=(number,)))
+
+
 def test_rows_of_one_study_are_told_by_a_column(tmp_path: Path) -> None:
     chosen = source(tmp_path, columns(3, patient=["p", "p", "q"], visit=[1, 1, 1]))
     a, b, c = [s.subject.study for s in found(chosen.model_copy(update={"study_column": "visit"}))]

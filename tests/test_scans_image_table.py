@@ -241,6 +241,16 @@ def test_a_generic_table_needs_its_columns_and_names_the_nearest(tmp_path: Path)
     assert attributes(found(right, SEX)["a.png"]) == {"sex": "F"}
 
 
+@pytest.mark.parametrize("preset, header", [("generic", "file,patient\n"), ("chexpert", CHEXPERT_HEADER)])
+@pytest.mark.parametrize("name", ["file", "patient", "Path"])
+def test_no_attribute_can_be_the_name_of_a_file_or_a_patient(
+    tmp_path: Path, preset: str, header: str, name: str
+) -> None:
+    number = NumberAttribute(name="number", source=name, unit="1", minimum=0, maximum=1e9)
+    with pytest.raises(RecipeError, match=r"is not kept|no column"):
+        list_files(folder(tmp_path, ["a.png"], header, preset), AttributeSchema(declarations=(number,)))
+
+
 def test_a_study_column_joins_images_into_studies_and_without_one_each_is_its_own(tmp_path: Path) -> None:
     table = "file,patient,visit,gender\na.png,p,1,F\nb.png,p,1,F\nc.png,p,2,F\nd.png,q,1,F\n"
     source = folder(tmp_path, ["a.png", "b.png", "c.png", "d.png"], table)

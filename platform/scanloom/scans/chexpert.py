@@ -69,6 +69,8 @@ def _readers(header: Header, schema: AttributeSchema, uncertain: Uncertain) -> d
     readers: dict[str, _TextOf] = {}
     for declaration in schema.declarations:
         source = declaration.source or declaration.name
+        if source == "Path":
+            raise RecipeError(f"attribute {declaration.name!r}: the path names the patient, so it is not kept")
         keyword = _KEYWORDS.get(source, source)
         if keyword == "ImageComments" and source in readers:
             raise RecipeError(f"attribute {declaration.name!r}: another attribute reads CheXpert's findings already")

@@ -96,6 +96,8 @@ def _require_columns(source: ParquetSource, schema: AttributeSchema, found: pa.S
         raise RecipeError(f"{where}: column {source.image_column!r} holds no image bytes; expected binary or a struct "
                           "with a binary field 'bytes'")  # fmt: skip
     singles = {source.patient_column, source.study_column} - {""}
+    if source.patient_column in {d.source or d.name for d in schema.declarations}:
+        raise RecipeError(f"attribute source {source.patient_column!r}: names the patient, so it is not kept")
     for column in sorted(singles | {d.source or d.name for d in schema.declarations}):
         kind = _column_type(found, column, where)
         item = kind.value_type if pt.is_list(kind) or pt.is_large_list(kind) else kind

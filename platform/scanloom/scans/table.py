@@ -59,7 +59,13 @@ class Columns:
 
 
 def row_parser(header: Header, columns: Columns) -> RowParser:
-    """The parser of rows whose cells are taken as they are. RecipeError for a column that the table lacks."""
+    """The parser of rows whose cells are taken as they are.
+
+    Raises RecipeError for a column that the table lacks, and for an attribute that is the file's or the patient's name.
+    """
+    for source, column in columns.attributes.items():
+        if column in (columns.file, columns.patient):
+            raise RecipeError(f"attribute source {source!r}: names the file or the patient, so it is not kept")
     file, patient = header.place(columns.file), header.place(columns.patient)
     study = header.place(columns.study) if columns.study else None
     texts = {source: header.place(column) for source, column in columns.attributes.items()}
