@@ -32,13 +32,12 @@ from scanloom.scans.transfer_syntax import NATIVE
 
 MAX_FILE_BYTES = 512 << 20
 """Of a file, and of what a deflated one inflates to."""
-MAX_READS = 3_000_000
-"""Reads of the parser, two or three an element; a header of zeros asks for one every eight bytes."""
+MAX_READS = 1_000_000
+"""Reads of the parser, two or three an element: some seconds. Functional groups of 5,000 frames need as many."""
 
 _MOST_META_ELEMENTS = 1000
-# A sequence of a defined length is parsed when it is asked for, an object for every eight bytes of it. Functional
-# groups of 10,000 frames are no larger.
-_LONGEST_SEQUENCE = 16 << 20
+# A sequence of a defined length is parsed when it is asked for, an object for every eight bytes of it if it is junk.
+_LONGEST_SEQUENCE = 4 << 20
 _UNDEFINED = 0xFFFFFFFF
 _LONG_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
 _VRS = frozenset(vr.encode() for vr in converters if len(vr) == 2)
@@ -76,9 +75,13 @@ class _Meter(io.BytesIO):
         self.seek(start)
         self._left = MAX_READS
 
+    @property
+    def spent(self) -> bool:
+        return self._left < 0
+
     def read(self, size: int | None = -1, /) -> bytes:
         self._left -= 1
-        if self._left < 0:
+        if self.spent:
             raise reject("too-large")
         return super().read(size)
 
@@ -182,15 +185,14 @@ def _inflated(data: bytes, start: int) -> bytes:
 def _parsed(data: bytes, start: int, syntax: uid.UID) -> tuple[Dataset, bool]:
     """The data set, and whether its last element is cut."""
     big = syntax == uid.ExplicitVRBigEndian
+    meter = _Meter(data, start)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            dataset = read_dataset(_Meter(data, start), syntax == uid.ImplicitVRLittleEndian, not big)
-        except ScanError:
-            raise
+            dataset = read_dataset(meter, syntax == uid.ImplicitVRLittleEndian, not big)
         except Exception:  # noqa: BLE001 - a parser meets junk with any exception; its text may quote the junk
-            raise reject("unreadable-dicom") from None
-    if sum(map(_unparsed_bytes, dataset.values())) > _LONGEST_SEQUENCE:
+            raise reject("too-large" if meter.spent else "unreadable-dicom") from None
+    if pixel_element(dataset) and sum(map(_unparsed_bytes, dataset.values())) > _LONGEST_SEQUENCE:
         raise reject("too-large")
     # pydicom returns what it could read of a cut file: with a warning where an item is open, without a word where
     # a value is short.

@@ -315,15 +315,26 @@ def _restored(samples: Samples, header: Codestream, pixel: ImagePixel) -> Sample
         samples = samples[..., 0]
     precision = header.precision or pixel.stored
     size = max(pixel.allocated // 8, 1, samples.dtype.itemsize)
-    signed = samples.dtype.kind == "i"
-    if pixel.signed and not signed:
-        shift = 8 * samples.dtype.itemsize - precision
-        samples = np.right_shift(np.left_shift(samples, shift).view(f"i{samples.dtype.itemsize}"), shift)
-    elif signed and not pixel.signed:
-        samples = samples.view(f"u{samples.dtype.itemsize}") & np.array(
-            (1 << precision) - 1, f"u{samples.dtype.itemsize}"
-        )
+    if pixel.signed and samples.dtype.kind == "u":
+        samples = _with_sign(samples, precision, pixel.stored)
+    elif samples.dtype.kind == "i" and not pixel.signed:
+        kind = np.dtype(f"u{samples.dtype.itemsize}")
+        samples = samples.view(kind) & kind.type((1 << precision) - 1)
     return samples.astype(f"{'i' if pixel.signed else 'u'}{size}", copy=False)
+
+
+def _with_sign(samples: Samples, precision: int, stored: int) -> Samples:
+    extended = _extended(samples, precision)
+    if precision > stored and extended.min() >= 0 and extended.max() < 1 << stored:
+        # The encoder was given words whose unused bits were cleared.
+        return _extended(samples, stored)
+    return extended
+
+
+def _extended(samples: Samples, bits: int) -> Samples:
+    """Two's complement of `bits` bits in unsigned words."""
+    shift = 8 * samples.dtype.itemsize - bits
+    return np.asarray(np.right_shift(np.left_shift(samples, shift).view(f"i{samples.dtype.itemsize}"), shift))
 
 
 def _without_subsampling(photometric: str) -> str:
