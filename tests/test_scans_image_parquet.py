@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ from scanloom.attributes import AttributeSchema
 from scanloom.errors import RecipeError, ScanError, StoreError
 from scanloom.recipe import CategoryAttribute, Decode, LabelsAttribute, NumberAttribute, ParquetSource
 from scanloom.scans import image_parquet
+from scanloom.scans.decode import file_image
 from scanloom.scans.deidentify import Pseudonyms
+from scanloom.scans.image import ScanImage
 from scanloom.scans.image_parquet import list_files, names, read_files
+from scanloom.scans.isolation import Fence
 from scanloom.scans.scan import Context, Scan, SourceFile
 from scanloom.store import Store
 from tests.made_dicom import KEY, file, radiograph
@@ -279,6 +284,39 @@ def test_a_store_that_fails_is_no_damage_of_the_file(tmp_path: Path, monkeypatch
     with pytest.raises(StoreError, match="gone for a while") as caught:
         list(read_files(chosen, files, context()))
     assert caught.value.retryable
+
+
+def deadly(data: bytes, rules: Decode) -> Iterator[tuple[int | None, ScanImage]]:
+    """A codec that dies of the image of seed 1."""
+    if data == image(1):
+        os._exit(1)
+    yield None, file_image(data, rules)
+
+
+def dead(source: ParquetSource, file: SourceFile, schema: AttributeSchema) -> Iterator[None]:
+    """An Arrow that dies of its file."""
+    os._exit(1)
+    yield
+
+
+def test_behind_the_fence_an_image_or_a_file_that_kills_its_reader_is_refused_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = source(tmp_path, columns(3))
+    files = list_files(chosen, SCHEMA)
+    wanted = found(chosen)
+    with Fence() as fence:
+        fenced = replace(context(), fence=fence)
+        scans = [scan for _, _, scan in read_files(chosen, files, fenced)]
+        assert [scan.subject for scan in scans if isinstance(scan, Scan)] == [scan.subject for scan in wanted]
+        monkeypatch.setattr(image_parquet, "_images", deadly)
+        codes = [scan.code if isinstance(scan, ScanError) else "" for _, _, scan in read_files(chosen, files, fenced)]
+        assert codes == ["", "reader-died", ""]
+        monkeypatch.setattr(image_parquet, "_rows", dead)
+        ((member, _, refused),) = read_files(chosen, files, fenced)
+        assert member == 0
+        assert isinstance(refused, ScanError)
+        assert refused.code == "reader-died"
 
 
 def test_rows_are_streamed_whatever_the_size_of_the_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

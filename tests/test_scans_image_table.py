@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import tracemalloc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,12 @@ from PIL import Image
 from scanloom.attributes import AttributeSchema
 from scanloom.errors import RecipeError, ScanError, StoreError
 from scanloom.recipe import CategoryAttribute, Decode, ImageFolderSource, LabelsAttribute, NumberAttribute
+from scanloom.scans import image_table
+from scanloom.scans.decode import file_image
 from scanloom.scans.deidentify import Pseudonyms
+from scanloom.scans.image import ScanImage
 from scanloom.scans.image_table import list_files, names, read_files
+from scanloom.scans.isolation import Fence
 from scanloom.scans.scan import Context, Scan
 from scanloom.store import Store
 from tests.made_dicom import KEY, radiograph
@@ -30,6 +36,7 @@ SCHEMA = AttributeSchema(
     )
 )
 SEX = AttributeSchema(declarations=(CategoryAttribute(name="sex", source="gender", values=("F", "M")),))
+HEADER = "file,patient,gender\n"
 NIH_HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],\n"
@@ -140,6 +147,28 @@ def test_the_real_png_are_all_scans(nih_png: Path) -> None:
     assert len(scans) == 200
     assert {scan.subject.attributes["view"] for scan in scans} == {"PA", "AP"}
     assert all(0.3 < min(scan.image.geometry.spacing_mm or (0,)) < 3 for scan in scans)
+
+
+def deadly(content: bytes, rules: Decode) -> Iterator[ScanImage]:
+    """A codec that dies of the image of seed 1."""
+    if content == png(1):
+        os._exit(1)
+    yield file_image(content, rules)
+
+
+def test_behind_the_fence_an_image_that_kills_its_reader_is_refused_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder(tmp_path, ["a.png", "b.png", "c.png"], HEADER + "a.png,p,F\nb.png,p,F\nc.png,p,F\n")
+    files, wanted = list_files(source, SEX), found(source, SEX)
+    with Fence() as fence:
+        fenced = replace(context(SEX), fence=fence)
+        for member, _, scan in read_files(source, files, fenced):
+            assert isinstance(scan, Scan)
+            np.testing.assert_array_equal(scan.image.pixels, wanted[files[member].key].image.pixels)
+        monkeypatch.setattr(image_table, "_one_image", deadly)
+        codes = [scan.code if isinstance(scan, ScanError) else "" for _, _, scan in read_files(source, files, fenced)]
+    assert codes == ["", "reader-died", ""]
 
 
 # --- CheXpert -------------------------------------------------------------------------------------------------
@@ -270,9 +299,6 @@ def test_a_row_that_names_a_file_in_two_folders_is_for_neither(tmp_path: Path) -
     results = found(source, SEX)
     assert results["x/a.png"] == results["y/a.png"] == "ambiguous-table-row"
     assert results["x/b.png"].subject.patient != results["y/b.png"].subject.patient
-
-
-HEADER = "file,patient,gender\n"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -19,9 +21,11 @@ import pyarrow.types as pt
 
 from scanloom.attributes import AttributeSchema
 from scanloom.errors import RecipeError, ScanError
-from scanloom.recipe import LabelsAttribute, ParquetSource, nearest
+from scanloom.recipe import Decode, LabelsAttribute, ParquetSource, nearest
 from scanloom.scans.decode import MAX_FILE_BYTES, file_image, frames, read_instance, require_image
-from scanloom.scans.deidentify import Subject, require_shareable_pixels, subject_of_row
+from scanloom.scans.deidentify import require_shareable_pixels, subject_of_row
+from scanloom.scans.image import ScanImage
+from scanloom.scans.isolation import Fence
 from scanloom.scans.quarantine import reject
 from scanloom.scans.ranged import RangedFile
 from scanloom.scans.scan import Context, Found, Scan, SourceFile
@@ -34,7 +38,15 @@ _MAGIC = b"PAR1"
 _BROKEN = (pa.ArrowException, OSError, UnicodeError, OverflowError)
 _DICOM = slice(128, 132)
 
-Row = Mapping[str, Any]
+
+@dataclass(frozen=True)
+class _Row:
+    """A row as text, but for its image: bytes, a struct of them, or None; `texts` by attribute source."""
+
+    image: object
+    patient: str
+    study: str
+    texts: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -127,19 +139,19 @@ def read_files(source: ParquetSource, files: Sequence[SourceFile], context: Cont
 
     A damaged file ends with a refusal at the row where it broke. Raises StoreError where the source cannot be read.
     """
-    store, file = Store(source.uri), files[0]
-    row = 0
-    try:
-        opened = _open(store, file.key, file.bytes)
-        attributes = _readable(source, context.schema, opened.schema_arrow, store.uri_of(file.key))
-        if not opened.metadata.num_rows:
-            raise reject("no-rows")
-        for row, cells in _rows(opened, source, attributes):
-            for frame, scan in _scans(cells, source, attributes, context):
-                yield row, frame, scan
-            row += 1
-    except ScanError as error:
-        yield row, None, error
+    member = 0
+    with ExitStack() as stack:
+        rows = _rows(source, files[0], context.schema)
+        if context.fence is not None:
+            # Arrow can die of a file as codecs can of an image; then the image must not take the file with it.
+            rows = stack.enter_context(Fence()).run(_rows, source, files[0], context.schema)
+        try:
+            for row in rows:
+                for frame, scan in _scans(row, context):
+                    yield member, frame, scan
+                member += 1
+        except ScanError as error:
+            yield member, None, error
 
 
 def names(source: ParquetSource, files: Sequence[SourceFile]) -> list[str]:
@@ -193,17 +205,31 @@ def _class_names(found: pa.Schema, column: str) -> tuple[str, ...]:
         return ()
 
 
-def _rows(opened: Any, source: ParquetSource, attributes: Mapping[str, _Attribute]) -> Iterator[tuple[int, Row]]:
+def _rows(source: ParquetSource, file: SourceFile, schema: AttributeSchema) -> Iterator[_Row]:
+    """The rows in order. Raises ScanError: empty-file, not-parquet, parquet-columns, no-rows, broken-parquet."""
+    store = Store(source.uri)
+    opened = _open(store, file.key, file.bytes)
+    attributes = _readable(source, schema, opened.schema_arrow, store.uri_of(file.key))
+    if not opened.metadata.num_rows:
+        raise reject("no-rows")
     columns = {source.image_column, source.patient_column, source.study_column, *attributes} - {""}
-    number = 0
+    for cells in _cells(opened, sorted(columns)):
+        yield _Row(
+            image=cells[source.image_column],
+            patient=_text(cells[source.patient_column]),
+            study=_text(cells[source.study_column]) if source.study_column else "",
+            texts={name: attribute.text(cells[attribute.column]) for name, attribute in attributes.items()},
+        )
+
+
+def _cells(opened: Any, columns: list[str]) -> Iterator[Mapping[str, Any]]:
     try:
         for group in range(opened.num_row_groups):
             size = _batch_rows(opened.metadata.row_group(group))
-            for batch in opened.iter_batches(size, [group], sorted(columns), use_threads=False):
+            for batch in opened.iter_batches(size, [group], columns, use_threads=False):
                 # Row by row: a batch as Python objects would be held a second time.
                 for place in range(batch.num_rows):
-                    yield number, batch.slice(place, 1).to_pylist()[0]
-                    number += 1
+                    yield batch.slice(place, 1).to_pylist()[0]
     except _BROKEN:
         raise reject("broken-parquet") from None
 
@@ -213,32 +239,33 @@ def _batch_rows(group: Any) -> int:
     return max(1, min(1024, BATCH_BYTES * int(group.num_rows) // max(1, int(group.total_byte_size))))
 
 
-def _scans(
-    row: Row, source: ParquetSource, attributes: Mapping[str, _Attribute], context: Context
-) -> Iterator[tuple[int | None, Scan | ScanError]]:
+def _scans(row: _Row, context: Context) -> Iterator[tuple[int | None, Scan | ScanError]]:
     """The scan of one row, or those of its frames."""
     try:
-        data = _image_bytes(row[source.image_column])
-        subject = _subject(row, hashlib.sha256(data).hexdigest(), source, attributes, context)
-        if data[_DICOM] == b"DICM":
-            yield from _dicom_scans(data, subject, context)
-        else:
-            yield None, Scan(subject, file_image(data, context.decode))
+        data = _image_bytes(row.image)
+        # What a row says of itself may change when it is written anew; its image does not.
+        instance = hashlib.sha256(data).hexdigest()
+        subject = subject_of_row(instance, row.patient, row.study, row.texts, context.schema, context.pseudonyms)
+        read = _images if context.fence is None else partial(context.fence.run, _images)
+        for frame, image in read(data, context.decode):
+            if isinstance(image, ScanError):
+                yield frame, image
+            else:
+                yield frame, Scan(subject.of_frame(frame, context.pseudonyms), image)
     except ScanError as error:
         yield None, error
 
 
-def _dicom_scans(data: bytes, subject: Subject, context: Context) -> Iterator[tuple[int | None, Scan | ScanError]]:
-    """The frames of a DICOM file whose header is asked for nothing but the pixels and whether they may be used."""
-    instance = read_instance(data, context.decode)
+def _images(data: bytes, rules: Decode) -> Iterator[tuple[int | None, ScanImage | ScanError]]:
+    """The image, or the frames of a DICOM file: its header is asked for the pixels, and whether they may be used."""
+    if data[_DICOM] != b"DICM":
+        yield None, file_image(data, rules)
+        return
+    instance = read_instance(data, rules)
     require_image(instance)
     require_shareable_pixels(instance.dataset)
-    for number, image in enumerate(frames(instance, context.decode)):
-        frame = None if instance.frames == 1 else number
-        if isinstance(image, ScanError):
-            yield frame, image
-        else:
-            yield frame, Scan(subject.of_frame(frame, context.pseudonyms), image)
+    for number, image in enumerate(frames(instance, rules)):
+        yield None if instance.frames == 1 else number, image
 
 
 def _image_bytes(cell: object) -> bytes:
@@ -248,14 +275,6 @@ def _image_bytes(cell: object) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise reject("too-large")
     return data
-
-
-def _subject(
-    row: Row, instance: str, source: ParquetSource, attributes: Mapping[str, _Attribute], context: Context
-) -> Subject:
-    texts = {name: attribute.text(row[attribute.column]) for name, attribute in attributes.items()}
-    study = _text(row[source.study_column]) if source.study_column else ""
-    return subject_of_row(instance, _text(row[source.patient_column]), study, texts, context.schema, context.pseudonyms)
 
 
 def _text(value: object) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 from scanloom.attributes import AttributeSchema
 from scanloom.errors import RecipeError, ScanError
-from scanloom.recipe import ImageFolderSource
+from scanloom.recipe import Decode, ImageFolderSource
 from scanloom.scans.chexpert import PATH_PARTS, chexpert_rows
 from scanloom.scans.decode import MAX_FILE_BYTES, file_image
 from scanloom.scans.deidentify import subject_of_row
-from scanloom.scans.image import Geometry
+from scanloom.scans.image import Geometry, ScanImage
 from scanloom.scans.quarantine import reject
 from scanloom.scans.scan import Context, Found, Scan, SourceFile
 from scanloom.scans.table import Columns, Header, RowParser, read_rows, row_parser, with_rows
@@ -82,13 +83,24 @@ def _nih_columns(schema: AttributeSchema, header: Header) -> Columns:
 def _scan(store: Store, file: SourceFile, context: Context) -> Scan:
     if file.bytes > MAX_FILE_BYTES:
         raise reject("too-large")
-    image = file_image(store.read(file.key), context.decode)
+    image = _image(store.read(file.key), context)
     if len(file.rows) != 1:
         raise reject("ambiguous-table-row" if file.rows else "no-table-row")
     row = file.rows[0]
     subject = subject_of_row(row.file, row.patient, row.study, row.texts, context.schema, context.pseudonyms)
     spacing = _nih_spacing(row.geometry, image.pixels.shape)
     return Scan(subject, image if spacing is None else replace(image, geometry=Geometry(spacing)))
+
+
+def _image(content: bytes, context: Context) -> ScanImage:
+    if context.fence is None:
+        return file_image(content, context.decode)
+    (image,) = context.fence.run(_one_image, content, context.decode)
+    return cast(ScanImage, image)
+
+
+def _one_image(content: bytes, rules: Decode) -> Iterator[ScanImage]:
+    yield file_image(content, rules)
 
 
 def _nih_spacing(geometry: tuple[str, ...], shape: tuple[int, ...]) -> tuple[float, float] | None:
