@@ -40,6 +40,26 @@ def main() -> int:
     return console.run(app)
 
 
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="A folder, s3://bucket/prefix, a DICOMweb root, or a recipe (.yaml).")],
+    overrides: _Overrides = None,
+    sheet: Annotated[str | None, typer.Option(metavar="FILE", help="Write a PNG of example scans there.")] = None,
+    as_json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the same as data.")] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="FILE", help="Write a recipe to begin with.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Look at the first N files only.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every scan, as prepare does.")] = False,
+    examples: Annotated[int, typer.Option(min=1, metavar="N", help="Scans on the sheet.")] = 24,
+) -> None:
+    """Scans as they are: what a source holds, of how many, what would be refused; before there is a recipe."""
+    if source.endswith((".yaml", ".yml")):
+        load_recipe(source, overrides or ())
+    given = {"sheet": sheet, "json": as_json, "recipe": recipe, "limit": limit, "examples": examples}
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    options += [*(f"--set={override}" for override in overrides or ()), *(["--decode"] if decode else [])]
+    _become_job("survey", [source, *options])
+
+
 @app.command(context_settings=_PASSED_ON)
 def prepare(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Scans -> corpus: read, de-identify, split by patient; what cannot be used goes to the quarantine table."""

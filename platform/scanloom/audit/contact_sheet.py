@@ -1,4 +1,4 @@
-"""Contact sheet: real beside synthetic, one row a cell, each picture captioned with its attributes."""
+"""Contact sheet: real beside synthetic, one row a cell, each picture captioned with its attributes; or real alone."""
 
 from __future__ import annotations
 
@@ -42,9 +42,13 @@ class SheetRow:
 
 
 def contact_sheet(title: str, rows: Sequence[SheetRow], *, tile_px: int = 128) -> bytes:
-    """The sheet as PNG bytes: a title, a column of cell names, then real and synthetic pictures side by side."""
+    """The sheet as PNG bytes: a title, a column of cell names, then real and synthetic pictures side by side.
+
+    Without names there is no column of them, and without synthetic pictures no side for them.
+    """
     layout = _Layout(
         tile_px=tile_px,
+        label_width=_LABEL_WIDTH if any(row.cell or row.note for row in rows) else 0,
         real=max((len(row.real) for row in rows), default=0),
         synthetic=max((len(row.synthetic) for row in rows), default=0),
         rows=len(rows),
@@ -53,10 +57,11 @@ def contact_sheet(title: str, rows: Sequence[SheetRow], *, tile_px: int = 128) -
     sheet = Image.new("RGB", layout.size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=_font(_TITLE_PX))
-    for name, column in (("real", 0), ("synthetic", layout.real)):
-        draw.text((layout.left(column), layout.headings), name, fill=_INK, font=_font(_HEADING_PX))
-    line = layout.left(layout.real) - (_GUTTER + _GAP) // 2
-    draw.line((line, layout.headings, line, layout.size[1] - _MARGIN), fill=_FAINT, width=1)
+    if layout.synthetic:
+        for name, column in (("real", 0), ("synthetic", layout.real)):
+            draw.text((layout.left(column), layout.headings), name, fill=_INK, font=_font(_HEADING_PX))
+        line = layout.left(layout.real) - (_GUTTER + _GAP) // 2
+        draw.line((line, layout.headings, line, layout.size[1] - _MARGIN), fill=_FAINT, width=1)
     for number, row in enumerate(rows):
         _draw_row(sheet, draw, layout, number, row)
     buffer = io.BytesIO()
@@ -67,6 +72,7 @@ def contact_sheet(title: str, rows: Sequence[SheetRow], *, tile_px: int = 128) -
 @dataclass(frozen=True)
 class _Layout:
     tile_px: int
+    label_width: int
     real: int
     synthetic: int
     rows: int
@@ -86,11 +92,11 @@ class _Layout:
         return self.left(self.real + self.synthetic) - _GAP + _MARGIN, self.top(self.rows) + _MARGIN
 
     def left(self, column: int) -> int:
-        gutter = _GUTTER if column >= self.real else 0
-        return _MARGIN + _LABEL_WIDTH + column * (self.tile_px + _GAP) + gutter
+        gutter = _GUTTER if self.synthetic and column >= self.real else 0
+        return _MARGIN + self.label_width + column * (self.tile_px + _GAP) + gutter
 
     def top(self, row: int) -> int:
-        return self.headings + _HEADING_PX + 10 + row * self.pitch
+        return self.headings + (_HEADING_PX + 10 if self.synthetic else 0) + row * self.pitch
 
 
 def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, layout: _Layout, number: int, row: SheetRow) -> None:

@@ -215,9 +215,9 @@ def _terms(instance: Instance) -> tuple[dict[str, str], tuple[int, int] | None]:
         return terms, None
     frames = _whole(header, "NumberOfFrames") or 1
     terms |= {
-        "bits stored": f"{_whole(header, 'BitsStored') or '?'} of {_whole(header, 'BitsAllocated') or '?'}",
+        "bits stored": f"{_whole(header, 'BitsStored') or '?'} in {_whole(header, 'BitsAllocated') or '?'}",
         "photometric interpretation": _known(header.term("PhotometricInterpretation"), _PHOTOMETRIC),
-        "frames": "1" if frames == 1 else "2 to 99" if frames < 100 else "100 or more",
+        "frames of a file": "1" if frames == 1 else "2 to 99" if frames < 100 else "100 or more",
     }
     return terms, (rows, columns)
 

@@ -23,6 +23,7 @@ from scanloom.recipe import (
     RESERVED_COLUMNS,
     AttributeDeclaration,
     CategoryAttribute,
+    Decode,
     DicomSource,
     DicomWebSource,
     ImageFolderSource,
@@ -31,6 +32,7 @@ from scanloom.recipe import (
     NumberAttribute,
     ParquetSource,
     Source,
+    load_recipe,
 )
 from scanloom.scans import chexpert
 from scanloom.scans.archive import is_packed
@@ -45,6 +47,7 @@ from scanloom.store import ObjectInfo, Store
 SAMPLES = 48
 """Objects whose first bytes are looked at."""
 _HEAD_BYTES = 512
+_HTTP = ("http://", "https://")
 _MOST_TABLES = 8
 _MOST_ATTRIBUTES = 12
 
@@ -86,15 +89,43 @@ class Recognised:
     schema: AttributeSchema
     columns: tuple[Column, ...] = ()
     remarks: tuple[str, ...] = ()
+    decode: Decode = Decode()  # noqa: RUF009 - it is frozen
+    seed: int = 0
 
 
-def recognise(uri: str) -> Recognised:
+def is_recipe(place: str) -> bool:
+    """Whether a source is given as the recipe that names it."""
+    return place.lower().endswith((".yaml", ".yml"))
+
+
+def recognise(place: str, overrides: Sequence[str] = ()) -> Recognised:
+    """What a recipe file (with overrides) names as its source, or else what lies at a URI.
+
+    Raises RecipeError for a faulty recipe or one without a prepare section, and overrides without a recipe; and what
+    `recognise_uri` raises.
+    """
+    if not is_recipe(place):
+        if overrides:
+            raise RecipeError("--set changes a recipe, and this source is none")
+        return recognise_uri(place)
+    recipe = load_recipe(place, overrides)
+    if recipe.prepare is None:
+        raise RecipeError(f"recipe {recipe.name}: has no 'prepare' section; it says where the scans are")
+    source = recipe.prepare.source
+    given = {name: str(getattr(source, name, "")) for name in ("uri", "table")}
+    # The same place for workers in other folders.
+    places = {name: Store(uri).uri for name, uri in given.items() if uri and not uri.startswith(_HTTP)}
+    schema = AttributeSchema(declarations=recipe.attributes)
+    return Recognised(source.model_copy(update=places), schema, decode=recipe.prepare.decode, seed=recipe.seed)
+
+
+def recognise_uri(uri: str) -> Recognised:
     """The source at a folder, `s3://bucket/prefix` or the root of a DICOMweb service.
 
     Raises RecipeError where nothing is there that is read, or images or volumes without a table of them; StoreError
     where the store does not answer.
     """
-    if uri.startswith(("http://", "https://")):
+    if uri.startswith(_HTTP):
         return Recognised(DicomWebSource(uri=uri), dicom_schema())
     store = Store(uri)
     objects = store.list()
@@ -288,7 +319,7 @@ def _named(columns: Iterable[str], wanted: Sequence[str]) -> str:
 def _parquet(store: Store, objects: Sequence[ObjectInfo]) -> Recognised:
     opened = next(filter(None, (_opened(store, object_) for object_ in objects)), None)
     image = "" if opened is None else _image_column(opened.schema_arrow)
-    if not image:
+    if opened is None or not image:
         raise RecipeError(f"{store.uri}: the Parquet files have no column with the bytes of images")
     texts = _text_columns(opened.schema_arrow)
     if not texts:

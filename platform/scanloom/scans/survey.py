@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from scanloom.attributes import NO_LABEL, Attributes, AttributeSchema, Value
 from scanloom.errors import ScanError
@@ -125,6 +126,13 @@ def survey_unit(unit: Unit, look: Look) -> Survey:
         if look.pixels and headers:
             tally.replace_refusals(_decoded(unit, look, context))
     return tally.survey(unit, look.examples)
+
+
+def survey_units(rows: Mapping[str, Sequence[str]], look: Look) -> dict[str, list[Any]]:
+    """The survey (pickled) of the units in `rows["unit"]` (JSON), and how many they were: one row."""
+    units = [Unit.model_validate_json(unit) for unit in rows["unit"]]
+    whole = merged((survey_unit(unit, look) for unit in units), look.examples)
+    return {"survey": [pickle.dumps(whole)], "units": [len(units)]}
 
 
 def merged(surveys: Iterable[Survey], examples: int) -> Survey:
@@ -350,6 +358,12 @@ def pictures(unit: Unit, examples: Sequence[Example], look: Look) -> list[Pictur
             for example, found in _found(unit, examples, look, look.context(fence))
             if isinstance(found, Scan)
         ]
+
+
+def picture_units(row: Mapping[str, Any], look: Look) -> dict[str, Any]:
+    """The pictures (pickled) of the examples in `row["examples"]` (pickled) of the unit in `row["unit"]` (JSON)."""
+    unit = Unit.model_validate_json(row["unit"])
+    return {"pictures": pickle.dumps(pictures(unit, pickle.loads(row["examples"]), look))}
 
 
 def _found(
