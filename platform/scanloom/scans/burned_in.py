@@ -1,0 +1,263 @@
+"""Lines of text burned into a scan's pixels, found by their shape alone: no learned weights, no reading.
+
+Text is drawn, anatomy is cast: strokes have one value, steep edges and one width, and glyphs of like height stand on
+one line with short gaps. Blocks without a steep edge are dropped first, so that a scan without text costs two passes
+over its pixels; around the others both polarities are cut at half of the local contrast, and what hangs together is
+measured as a glyph. One or two glyphs alone are a side marker and no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+Gray = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+Whole = npt.NDArray[np.int64]
+Window = tuple[int, int, int, int]
+"""Top, left, bottom, right in cells."""
+
+BLOCK = 4
+CELL = 16
+"""Side in px of the cells that windows are made of."""
+LEAST_CONTRAST = 40
+"""Of 255: fainter writing is not looked for."""
+LEAST_GLYPHS = 4
+HEIGHT_PX = (5, 90)
+"""Of a glyph: from x-height of the smallest letters to a descending capital of the largest."""
+_EIGHT = np.ones((3, 3), dtype=np.int8)
+
+
+@dataclass(frozen=True, slots=True)
+class TextLine:
+    """A box in pixels of the scan, and about how many glyphs stand in it; taller than wide where text runs upright."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    glyphs: int
+
+
+@dataclass(frozen=True)
+class _Glyphs:
+    """Boxes of glyph-like components, N each: first and past-the-end row and column, and their peak value."""
+
+    top: Whole
+    left: Whole
+    bottom: Whole
+    right: Whole
+    ink: Floats
+
+    def __len__(self) -> int:
+        return len(self.top)
+
+    def at(self, which: npt.NDArray[Any]) -> _Glyphs:
+        return _Glyphs(self.top[which], self.left[which], self.bottom[which], self.right[which], self.ink[which])
+
+    def turned(self) -> _Glyphs:
+        """Rows and columns exchanged."""
+        return _Glyphs(self.left, self.top, self.right, self.bottom, self.ink)
+
+
+def text_lines(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> tuple[TextLine, ...]:
+    """The lines of text in a scan, HxW u8 or u16, from top to bottom; the same pixels always give the same lines."""
+    gray = _eight_bits(pixels)
+    if min(gray.shape) < 2 * CELL:
+        return ()
+    low, high = _block_extremes(gray)
+    floor = _least_contrast(low, high)
+    found = {
+        line
+        for window in _windows(low, high, floor)
+        for glyphs in _glyphs(gray, low, high, window, floor)
+        for line in _lines(glyphs)
+    }
+    return tuple(sorted(found, key=lambda line: (line.top, line.left, line.height, line.width)))
+
+
+def _eight_bits(pixels: npt.NDArray[Any]) -> Gray:
+    """The upper eight of the bits that are in use: a u16 scan may hold 12."""
+    spare = max(0, int(pixels.max(initial=0)).bit_length() - 8)
+    return np.ascontiguousarray(pixels >> spare if spare else pixels).astype(np.uint8, copy=False)
+
+
+# --- where to look --------------------------------------------------------------------------------------------
+
+
+def _block_extremes(gray: Gray) -> tuple[Gray, Gray]:
+    """Lowest and highest value of each whole 4x4 block."""
+    rows, columns = (side // BLOCK for side in gray.shape)
+    bands = gray[: rows * BLOCK, : columns * BLOCK].reshape(rows, BLOCK, columns * BLOCK)
+    low, high = bands.min(axis=1), bands.max(axis=1)
+    for _ in range(2):
+        low, high = np.minimum(low[:, ::2], low[:, 1::2]), np.maximum(high[:, ::2], high[:, 1::2])
+    return low, high
+
+
+def _least_contrast(low: Gray, high: Gray) -> int:
+    """The contrast below which a block counts as flat: above the grain of the scan."""
+    grain = float(np.percentile((high - low)[::3, ::3], 75))
+    return int(max(LEAST_CONTRAST, min(2.0 * grain, 120.0)))
+
+
+def _windows(low: Gray, high: Gray, floor: int) -> Iterator[Window]:
+    """Boxes of cells, each around neighbouring cells in which a block spans most of the cell's contrast."""
+    per = CELL // BLOCK
+    shape = tuple(-(-side // per) for side in low.shape)
+    low, high = (
+        np.pad(a, [(0, n * per - s) for n, s in zip(shape, a.shape, strict=True)], mode="edge") for a in (low, high)
+    )
+    low, high = (a.reshape(shape[0], per, shape[1], per).swapaxes(1, 2).reshape(*shape, -1) for a in (low, high))
+    spans = high - low
+    whole = high.max(axis=2) - low.min(axis=2)
+    cells = (np.maximum(floor, 0.6 * whole)[..., None] <= spans).sum(axis=2) >= 2
+    if not cells.any():
+        return
+    labels, _ = ndimage.label(ndimage.binary_dilation(cells, _EIGHT), _EIGHT)
+    for number, box in enumerate(ndimage.find_objects(labels), 1):
+        own = cells[box] & (labels[box] == number)
+        yield from _split(own, box[0].start, box[1].start)
+
+
+def _split(cells: Mask, top: int, left: int) -> Iterator[Window]:
+    """The box of the cells, or, where it is large and mostly empty (a frame, a tube), those of its halves."""
+    rows, columns = np.flatnonzero(cells.any(axis=1)), np.flatnonzero(cells.any(axis=0))
+    if not len(rows):
+        return
+    cells = cells[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    top, left = top + int(rows[0]), left + int(columns[0])
+    height, width = cells.shape
+    if cells.size <= 64 or cells.sum() > 0.5 * cells.size:
+        yield top, left, top + height, left + width
+    elif height >= width:
+        yield from _split(cells[: height // 2], top, left)
+        yield from _split(cells[height // 2 :], top + height // 2, left)
+    else:
+        yield from _split(cells[:, : width // 2], top, left)
+        yield from _split(cells[:, width // 2 :], top, left + width // 2)
+
+
+# --- glyphs ---------------------------------------------------------------------------------------------------
+
+
+def _glyphs(gray: Gray, low: Gray, high: Gray, window: Window, floor: int) -> Iterator[_Glyphs]:
+    """The glyph-like components of a window, bright ones and dark ones apart."""
+    per = CELL // BLOCK
+    rows = slice(max(0, window[0] * per - 4), min(low.shape[0], window[2] * per + 4))
+    columns = slice(max(0, window[1] * per - 4), min(low.shape[1], window[3] * per + 4))
+    dark = ndimage.minimum_filter(low[rows, columns], 5).astype(np.int16)
+    bright = ndimage.maximum_filter(high[rows, columns], 5).astype(np.int16)
+    contrast = bright - dark
+    ones = np.ones((BLOCK, BLOCK), dtype=np.int16)
+    seen = np.kron(contrast >= floor, ones.astype(np.bool_))
+    cut = np.kron((bright + dark) // 2, ones)
+    spread = np.kron(np.maximum(contrast, 1), ones)
+    top, left = rows.start * BLOCK, columns.start * BLOCK
+    part = gray[top : rows.stop * BLOCK, left : columns.stop * BLOCK].astype(np.int16)
+    for sign in (1, -1):
+        mask = seen & (sign * part > sign * cut)
+        yield _measured(sign * part, mask, spread, (top, left))
+
+
+def _measured(
+    part: npt.NDArray[np.int16], mask: Mask, spread: npt.NDArray[np.int16], corner: tuple[int, int]
+) -> _Glyphs:
+    labels, count = ndimage.label(mask, _EIGHT)
+    boxes = _boxes(labels)
+    area = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    starts = mask[:, 2:-1] & ~mask[:, 1:-2]
+    row, column = np.nonzero(starts)
+    owner = labels[row, column + 2] - 1
+    inside = np.maximum(part[row, column + 2], part[row, column + 3])
+    rise = (inside - np.minimum(part[row, column], part[row, column + 1])) / spread[row, column + 2]
+    runs = np.maximum(np.bincount(owner, minlength=count), 1)
+    steepness = np.bincount(owner, weights=rise, minlength=count) / runs
+    stroke = area / runs
+    fits = (
+        (height >= HEIGHT_PX[0])
+        & (height <= HEIGHT_PX[1])
+        & (width <= 4 * height)
+        & (height <= 14 * width)
+        & (stroke <= 0.5 * height)
+        & (area >= 0.12 * height * width)
+        & (steepness >= 0.5)
+    )
+    which = np.flatnonzero(fits)
+    ink = ndimage.maximum(part, labels, which + 1) if len(which) else np.zeros(0)
+    top, left = corner
+    kept = boxes[which] + np.asarray([top, left, top, left])
+    return _Glyphs(kept[:, 0], kept[:, 1], kept[:, 2], kept[:, 3], np.asarray(ink, dtype=np.float64))
+
+
+def _boxes(labels: npt.NDArray[np.int32]) -> Whole:
+    found = ndimage.find_objects(labels)
+    boxes = [(b[0].start, b[1].start, b[0].stop, b[1].stop) for b in found if b is not None]
+    return np.asarray(boxes, dtype=np.int64).reshape(-1, 4)
+
+
+# --- lines ----------------------------------------------------------------------------------------------------
+
+
+def _lines(glyphs: _Glyphs) -> Iterator[TextLine]:
+    """Lines of text among the glyphs of one window and polarity, lying and upright."""
+    if len(glyphs) < 3:
+        return
+    for line in _rows(glyphs):
+        yield line
+    for line in _rows(glyphs.turned()):
+        yield TextLine(line.left, line.top, line.width, line.height, line.glyphs)
+
+
+def _rows(glyphs: _Glyphs) -> Iterator[TextLine]:
+    order = np.argsort(glyphs.left, kind="stable")
+    glyphs = glyphs.at(order)
+    first, second = _neighbours(glyphs)
+    links = coo_array((np.ones(len(first)), (first, second)), shape=(len(glyphs), len(glyphs)))
+    groups, member = connected_components(links, directed=False)
+    sizes = np.bincount(member, minlength=groups)
+    for group in np.flatnonzero(sizes >= 3):
+        line = _line(glyphs.at(np.flatnonzero(member == group)))
+        if line is not None:
+            yield line
+
+
+def _neighbours(glyphs: _Glyphs) -> tuple[Whole, Whole]:
+    """Pairs of glyphs that may stand beside each other in a line."""
+    height = glyphs.bottom - glyphs.top
+    taller = np.maximum(height[:, None], height[None, :])
+    shorter = np.minimum(height[:, None], height[None, :])
+    gap = glyphs.left[None, :] - glyphs.right[:, None]
+    base = np.abs(glyphs.bottom[None, :] - glyphs.bottom[:, None])
+    beside = (
+        (glyphs.left[None, :] >= glyphs.left[:, None])
+        & (taller <= 1.8 * shorter)
+        & (gap >= -0.4 * taller)
+        & (gap <= 1.5 * taller)
+        & (base <= np.maximum(0.35 * taller, 1))
+    )
+    np.fill_diagonal(beside, False)
+    first, second = np.nonzero(beside)
+    return first, second
+
+
+def _line(glyphs: _Glyphs) -> TextLine | None:
+    height, width = glyphs.bottom - glyphs.top, glyphs.right - glyphs.left
+    size = float(np.percentile(height, 75))
+    slack = max(1.0, 0.1 * size)
+    standing = np.abs(glyphs.bottom - np.median(glyphs.bottom)) <= slack
+    count = int(np.maximum(1, np.rint(width / (0.9 * size))).sum())
+    even = np.std(glyphs.ink) <= 0.15 * 255
+    if count < LEAST_GLYPHS or standing.sum() < max(3, 0.6 * len(glyphs)) or not even:
+        return None
+    top, left = int(glyphs.top.min()), int(glyphs.left.min())
+    return TextLine(top, left, int(glyphs.bottom.max()) - top, int(glyphs.right.max()) - left, count)
