@@ -295,14 +295,14 @@ class _View:
         """Where the frame lies, at the centre of its first pixel."""
         index = np.zeros(4)
         index[3] = 1.0
-        for axis, backwards, place in zip(self.axes, self.backwards, (frame, 0, 0), strict=True):
-            index[axis] = self.shape[axis] - 1 - place if backwards else place
+        for axis, backwards, number in zip(self.axes, self.backwards, (frame, 0, 0), strict=True):
+            index[axis] = self.shape[axis] - 1 - number if backwards else number
         down, right = (self._step(which) for which in (1, 2))
-        position = self.affine @ index
+        place = self.affine @ index
         spacing = float(np.linalg.norm(down)), float(np.linalg.norm(right))
         right, down = right / spacing[1], down / spacing[0]
         direction = None if abs(right @ down) > 0.01 else _six(np.concatenate([right, down]))
-        return Geometry(spacing, self.letters, direction, (float(position[0]), float(position[1]), float(position[2])))
+        return Geometry(spacing, self.letters, direction, (float(place[0]), float(place[1]), float(place[2])))
 
     def _step(self, which: int) -> Vector:
         sign = -1.0 if self.backwards[which] else 1.0
@@ -310,7 +310,7 @@ class _View:
 
 
 def _six(values: Vector) -> tuple[float, float, float, float, float, float]:
-    first, second, third, fourth, fifth, sixth = (float(value) for value in values)
+    first, second, third, fourth, fifth, sixth = (float(value) + 0.0 for value in values)  # no -0.0
     return first, second, third, fourth, fifth, sixth
 
 

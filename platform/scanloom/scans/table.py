@@ -114,19 +114,22 @@ def with_rows(
     A row is for the object whose key it names, else for the one whose last `parts` parts of the key it names. One
     that names several objects so fits none of them for sure: each is given the row twice, which makes it ambiguous.
     """
-    named = [(object_, _name(object_.key, rows, parts)) for object_ in objects]
-    times = Counter(name for _, name in named)
-    without_file = len(rows.keys() - times.keys())
-    if without_file:
-        LOG.info("table: %d of its %d files are not under the prefix", without_file, len(rows))
+    named = [(object_, _row_name(object_.key, rows, parts)) for object_ in objects]
+    times = Counter(name for _, name in named if name)
+    if len(times) < len(rows):
+        LOG.info("table: %d of its %d files are not under the prefix", len(rows) - len(times), len(rows))
     return [
         SourceFile(o.key, o.bytes, o.version, alone, rows=rows.get(name, ()) * (1 if o.key == name else times[name]))
         for o, name in named
     ]
 
 
-def _name(key: str, rows: RowsByFile, parts: int) -> str:
-    return key if key in rows else "/".join(key.split("/")[-parts:])
+def _row_name(key: str, rows: RowsByFile, parts: int) -> str:
+    """The name by which the table has the object, empty where it does not."""
+    if key in rows:
+        return key
+    short = "/".join(key.split("/")[-parts:])
+    return rows[short][0].file if short in rows else ""
 
 
 def _as_wide(cells: list[str], width: int, where: str) -> list[str]:
