@@ -28,7 +28,7 @@ class Codestream:
 
 
 def jpeg_header(frame: bytes) -> Codestream:
-    """Of JPEG (T.81) and JPEG-LS (T.87) up to the frame header. Raises ValueError where there is none.
+    """Of JPEG (T.81) and JPEG-LS (T.87) up to the frame header. Raises ValueError where there is none, or no end.
 
     `colour` is RGB or YBR_FULL if Adobe's marker (transform 0 or 1) or the component names say so, JFIF if only that
     marker does, else empty.
@@ -37,6 +37,9 @@ def jpeg_header(frame: bytes) -> Codestream:
         raise ValueError("no start of image")
     if frame.count(b"\xff\xda") > _MOST_SCANS:
         raise ValueError("too many scans")
+    if frame.rfind(b"\xff\xd9") < frame.rfind(b"\xff\xda"):
+        # libjpeg fills up what is missing with gray and says nothing.
+        raise ValueError("no end of image")
     place, colour = 2, ""
     while place + 4 <= len(frame):
         if frame[place] != 0xFF:

@@ -43,11 +43,12 @@ def require_image(instance: Instance) -> None:
     Dose grids and segmentations have pixels, but are no scans. Codes: not-an-image, no-pixels, for-processing,
     unsupported-pixels, too-large.
     """
-    dataset = instance.dataset
-    if not _is_image_class(dataset):
-        raise reject("not-an-image", "SOPClassUID")
+    with quiet():
+        if not _is_image_class(instance.dataset):
+            raise reject("not-an-image", "SOPClassUID")
+        intent = FrameHeader(instance.dataset).term("PresentationIntentType")
     _ = instance.pixel
-    if FrameHeader(dataset).term("PresentationIntentType") == "FOR PROCESSING":
+    if intent == "FOR PROCESSING":
         raise reject("for-processing", "PresentationIntentType")
 
 
@@ -65,9 +66,10 @@ def stored_frames(instance: Instance) -> Iterator[StoredFrame | ScanError]:
     Raises ScanError where the fault is the object's: no-pixels, unsupported-pixels, unsupported-syntax, too-large,
     truncated, undecodable-pixels.
     """
+    pixel = instance.pixel
     with quiet():
-        source = PixelSource(instance.dataset, instance.syntax, instance.pixel)
-    return (_stored(source, index) for index in range(instance.pixel.frames))
+        source = PixelSource(instance.dataset, instance.syntax, pixel)
+    return (_stored(source, index) for index in range(pixel.frames))
 
 
 def _stored(source: PixelSource, index: int) -> StoredFrame | ScanError:
@@ -85,7 +87,8 @@ def frames(instance: Instance, rules: Decode) -> Iterator[ScanImage | ScanError]
     """
     stored = stored_frames(instance)
     pixel = instance.pixel
-    palette = Palette(instance.dataset, pixel) if pixel.photometric == "PALETTE COLOR" else None
+    with quiet():
+        palette = Palette(instance.dataset, pixel) if pixel.photometric == "PALETTE COLOR" else None
     return (_image(instance, pixel, palette, index, frame, rules) for index, frame in enumerate(stored))
 
 

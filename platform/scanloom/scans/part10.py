@@ -59,12 +59,14 @@ class Instance:
     @cached_property
     def pixel(self) -> ImagePixel:
         """The layout of its pixel data. Raises ScanError no-pixels, unsupported-pixels, too-large."""
-        return image_pixel(self.dataset)
+        with quiet():
+            return image_pixel(self.dataset)
 
     @property
     def frames(self) -> int:
         """Number of Frames. Raises ScanError unsupported-pixels, too-large."""
-        return frame_count(self.dataset)
+        with quiet():
+            return frame_count(self.dataset)
 
 
 class _Meter(io.BytesIO):
@@ -114,8 +116,9 @@ def read_instance(data: bytes, rules: Decode) -> Instance:
         dataset, cut = _parsed(data, start, syntax)
     if data[128:132] != b"DICM" and not any(keyword in dataset for keyword in ("SOPClassUID", "Rows")):
         raise reject("not-dicom")
-    if _mended(dataset, syntax, rules, cut):
-        repairs = (*repairs, "zero-padded")
+    with quiet():
+        if _mended(dataset, syntax, rules, cut):
+            repairs = (*repairs, "zero-padded")
     return Instance(dataset, syntax, repairs)
 
 
