@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from scanloom.attributes import AttributeSchema
+from scanloom.embedded_s3 import EmbeddedS3
 from scanloom.errors import RecipeError, ScanError, StoreError
 from scanloom.recipe import CategoryAttribute, Decode, LabelsAttribute, NumberAttribute, ParquetSource
 from scanloom.scans import image_parquet
@@ -27,6 +28,7 @@ from scanloom.scans.image_parquet import list_files, names, read_files
 from scanloom.scans.isolation import Fence
 from scanloom.scans.scan import Context, Scan, SourceFile
 from scanloom.store import Store
+from tests.fault_proxy import Fault, FaultProxy
 from tests.made_dicom import KEY, file, radiograph
 
 SCHEMA = AttributeSchema(
@@ -329,6 +331,24 @@ def test_rows_are_streamed_whatever_the_size_of_the_row_groups(tmp_path: Path, m
     assert len(held) == 160
     # All of it is 40 MiB.
     assert max(held) < 10 << 20
+
+
+@pytest.mark.s3
+def test_an_s3_that_breaks_requests_gives_the_same_scans(
+    tmp_path: Path, store_uri: str, s3: EmbeddedS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = [np.random.default_rng(i).bytes(100_000) for i in range(20)]
+    images = [image(i) + noise[i] for i in range(20)]  # what follows a PNG's end is not looked at
+    local = source(tmp_path, columns(20, image=images), row_group_size=4)
+    Store(store_uri).write("a.parquet", (tmp_path / "data" / "a.parquet").read_bytes())
+    with FaultProxy(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        faults: list[Fault] = ["503", "reset", "truncate", "lost_ack"]
+        for fault in faults:
+            proxy.inject(fault, method="GET", path="parquet", times=3, share=0.3, at=1000)
+        scans = found(ParquetSource(uri=store_uri))
+        assert len(proxy.injected) >= 6
+    assert [scan.subject for scan in scans] == [scan.subject for scan in found(local)]
 
 
 def test_members_are_named_by_file_and_row(tmp_path: Path) -> None:
