@@ -75,7 +75,7 @@ class ColumnTally:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._filled = self._empty = self._numbers = 0
+        self._filled = self._empty = self._numbers = self._fractions = 0
         self._values: dict[str, Seen] = {}
         self._parts: dict[str, dict[str, Seen]] = {separator: {} for separator in LABEL_SEPARATORS}
         self._split: dict[str, int] = dict.fromkeys(LABEL_SEPARATORS, 0)
@@ -90,6 +90,7 @@ class ColumnTally:
         number = number_of(cell)
         if number is not None:
             self._numbers += 1
+            self._fractions += not number.is_integer()
             self._histogram[number] = self._histogram.get(number, Seen()).of(patient)
         for separator, parts in self._parts.items():
             self._split[separator] += separator in cell
@@ -121,9 +122,9 @@ class ColumnTally:
         )
 
     def _with_range(self, plain: Column) -> Column:
-        whole = all(number.is_integer() for number in self._histogram)
-        # As many different whole numbers as rows: somebody's numbers.
-        if whole and len(self._histogram) > max(MOST_CATEGORIES, 0.5 * self._filled):
+        many = 0.5 * min(self._filled, 2 * MOST_VALUES - 1)
+        # Nearly as many different whole numbers as rows: somebody's numbers.
+        if not self._fractions and len(self._values) > max(MOST_CATEGORIES, many) and "age" not in _words(self._name):
             return plain
         low, high = reached(self._histogram), reached(self._histogram, from_above=True)
         if low is None or high is None or _DATE.fullmatch(f"{high:.0f}"):
@@ -134,8 +135,11 @@ class ColumnTally:
 def is_telling(column: str) -> bool:
     """Whether a column of this name may hold what points at somebody, or free text."""
     lower = column.lower()
-    words = {word.lower() for word in _WORD.findall(column)}
-    return bool(words & _TELLING) or lower in _TELLING_ALONE or any(part in lower for part in _TELLING_PARTS)
+    return bool(_words(column) & _TELLING) or lower in _TELLING_ALONE or any(part in lower for part in _TELLING_PARTS)
+
+
+def _words(column: str) -> set[str]:
+    return {word.lower() for word in _WORD.findall(column)}
 
 
 def is_plain(text: str) -> bool:
