@@ -29,6 +29,8 @@ class DicomWebServer:
         self._files = {str(d.SOPInstanceUID): (d, data) for d, data in ((_parsed(data), data) for data in files)}
         self.page_cap = page_cap
         self.knows_offset = knows_offset
+        self.relational: bool | Literal["without studies"] = True
+        """Whether the series of all studies are searched at once; "without studies": without saying whose they are."""
         self.bare = False
         """Send an instance as application/dicom, without multipart, as some servers do."""
         self.redirect = ""
@@ -69,7 +71,7 @@ class DicomWebServer:
     def search(self, path: str, query: Mapping[str, str]) -> list[dict[str, Any]]:
         """The results on the level that the path names, one page of them."""
         level = path.rpartition("/")[2]
-        tag = {"series": "SeriesInstanceUID", "instances": "SOPInstanceUID"}[level]
+        tag = {"studies": "StudyInstanceUID", "series": "SeriesInstanceUID", "instances": "SOPInstanceUID"}[level]
         uids = dict(zip(*[iter(path.strip("/").split("/")[:-1])] * 2, strict=True))
         wanted = {"StudyInstanceUID": uids.get("studies"), "SeriesInstanceUID": uids.get("series")}
         filters = {k: v for k, v in (wanted | dict(query)).items() if v and tag_for_keyword(k)}
@@ -79,11 +81,15 @@ class DicomWebServer:
                 result = found.setdefault(str(dataset[tag].value), self._result(dataset, level))
                 count = result.setdefault("00201209", {"vr": "IS", "Value": [0]})
                 count["Value"][0] += 1
+        if self.relational == "without studies" and level == "series":
+            for result in found.values():
+                del result["0020000D"]
         offset = int(query.get("offset", 0)) if self.knows_offset else 0
         return list(found.values())[offset:][: min(int(query.get("limit", 10**9)), self.page_cap)]
 
     def _result(self, dataset: pydicom.Dataset, level: str) -> dict[str, Any]:
-        keywords = ["StudyInstanceUID", "SeriesInstanceUID", "Modality", "PatientID"]
+        keywords = ["StudyInstanceUID", "PatientID"]
+        keywords += ["SeriesInstanceUID", "Modality"] if level != "studies" else []
         keywords += ["SOPInstanceUID"] if level == "instances" else []
         result = {
             f"{tag_for_keyword(k):08X}": {"vr": dataset[k].VR, "Value": [str(dataset[k].value)]} for k in keywords
@@ -99,6 +105,7 @@ class DicomWebServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -129,6 +136,9 @@ class DicomWebServer:
                 parts = urlsplit(self.path.removeprefix(ROOT))
                 if re.search(r"/instances/[^/]+$", parts.path):
                     self._send_instance(parts.path, fault)
+                    return
+                if parts.path == "/series" and not server.relational:
+                    self._send(400, "text/plain", b"no relational queries here")
                     return
                 page = json.dumps(server.search(parts.path, dict(parse_qsl(parts.query)))).encode()
                 self._send(200, "application/dicom+json", page[:-5] if fault == "cut-json" else page, fault=fault)

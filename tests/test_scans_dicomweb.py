@@ -10,7 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -87,6 +87,22 @@ def test_a_server_that_gives_one_full_page_again_and_again_is_not_believed(monke
         pytest.raises(StoreError, match="gives 3 results and no more"),
     ):
         list_files(source(server), SCHEMA)
+
+
+@pytest.mark.parametrize("relational", [False, "without studies"])
+def test_a_server_that_does_not_search_all_series_at_once_is_asked_study_by_study(
+    relational: Literal[False, "without studies"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacs, "PAGE", 2)
+    files = [data for i in range(5) for data in series(2, f"MRN-{i % 2}", Modality="CT" if i == 4 else "CR")]
+    with DicomWebServer(files) as server:
+        wanted = [file_.key for file_ in list_files(source(server), SCHEMA)]
+        server.relational = relational
+        listed = list_files(source(server), SCHEMA)
+        assert [file_.key for file_ in listed] == wanted
+        assert list_files(source(server), SCHEMA) == listed
+        assert len(ids(found(source(server), listed[0]))) == 2
+        assert len(list_files(source(server, Modality="CR", PatientID="MRN-0"), SCHEMA)) == 2
 
 
 def test_filters_go_to_the_server_and_must_be_keywords() -> None:

@@ -32,7 +32,7 @@ PAGE = 500
 """Results asked for at a time; a server may give fewer."""
 FIRST_WAIT_S = 0.25
 STUDY_UID, SERIES_UID, INSTANCE_UID = "0020000D", "0020000E", "00080018"
-INSTANCES_IN_SERIES = "00201209"
+INSTANCES_IN_SERIES, PATIENT_ID = "00201209", "00100020"
 
 _TIMEOUTS_S = (10.0, 60.0)
 """To connect, and of silence."""
@@ -42,6 +42,8 @@ _REDIRECTS = 5
 _PIECE = 1 << 20
 _BUSY = frozenset({429, 502, 503, 504})
 _NOT_GIVEN = frozenset({404, 406, 410})
+_UNKNOWN = frozenset({400, 404, 405, 501})
+_KEYS_OF_SERIES = frozenset({"Modality", "BodyPartExamined", "Laterality", "ProtocolName"})
 _AS_STORED = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 _WORDS_OF_A_PATH = frozenset({"studies", "series", "instances"})
 # Wider than PS3.5 9.1, to which archives do not keep, and nothing that means something in a URL.
@@ -81,14 +83,34 @@ class Pacs:
             raise RecipeError(f"prepare.source.uri {self.root}: is no URL of a server") from None
         self._client.set_http_retry_params(retry=False)
 
-    def series(self, filters: Mapping[str, str]) -> Iterator[Result]:
-        """Every series that the filters (by DICOM keyword) find."""
+    def series(self, filters: Mapping[str, str]) -> list[Result]:
+        """Every series that the filters (by DICOM keyword) find.
+
+        A server need not search the series of all studies at once (PS3.18 10.6.1); then they are found study by study.
+        """
+        try:
+            return list(self._series(None, filters))
+        except _NotRelationalError:
+            LOG.info("the server does not search the series of all studies at once; asking study by study")
+        of_series = {keyword: value for keyword, value in filters.items() if _is_of_series(keyword)}
+        of_study = {keyword: value for keyword, value in filters.items() if keyword not in of_series}
+        studies = self._results(
+            lambda offset: self._client.search_for_studies(limit=PAGE, offset=offset, search_filters=of_study),
+            (STUDY_UID,),
+        )
+        return [
+            {**result, STUDY_UID: study[STUDY_UID], PATIENT_ID: study.get(PATIENT_ID)}
+            for study in studies
+            for result in self._series(text(study, STUDY_UID), of_series)
+        ]
+
+    def _series(self, study: str | None, filters: Mapping[str, str]) -> Iterator[Result]:
         given = dict(filters)
         return self._results(
             lambda offset: self._client.search_for_series(
-                limit=PAGE, offset=offset, fields=["NumberOfSeriesRelatedInstances"], search_filters=given
+                study, limit=PAGE, offset=offset, fields=["NumberOfSeriesRelatedInstances"], search_filters=given
             ),
-            (STUDY_UID, SERIES_UID),
+            (STUDY_UID, SERIES_UID) if study is None else (SERIES_UID,),
         )
 
     def instances(self, study: str, series: str) -> list[str]:
@@ -143,9 +165,20 @@ class Pacs:
 
     def _uid(self, result: Result, tag: str) -> str:
         uid = text(result, tag)
+        if tag == STUDY_UID and not uid:
+            raise _NotRelationalError(f"{self.root}: names series without their studies, or studies by nothing")
         if len(uid) > _LONGEST_UID or not _UID.fullmatch(uid):
             raise StoreError(f"{self.root}: names a study, a series or an instance by what is no UID, or not at all")
         return uid
+
+
+class _NotRelationalError(StoreError):
+    """The server does not search the series of all studies, or does not say of which study each of them is."""
+
+
+def _is_of_series(keyword: str) -> bool:
+    """Whether it is a key of the series level (PS3.18 10.6.1), not of the study's or the patient's."""
+    return keyword.startswith(("Series", "PerformedProcedureStep")) or keyword in _KEYS_OF_SERIES
 
 
 def text(result: Result, tag: str) -> str:
@@ -250,6 +283,8 @@ class _Connection:
             raise StoreError(f"{self._place(url)}: refused (HTTP {status}); check {AUTHORIZATION_VARIABLE}")
         if status in _NOT_GIVEN and url.rpartition("/")[0].endswith("/instances"):
             raise reject("not-delivered")
+        if status in _UNKNOWN and url.partition("?")[0] == f"{self._root}/series":
+            raise _NotRelationalError(f"{self._place(url)}: refused (HTTP {status})")
         if not 200 <= status < 300:
             raise StoreError(f"{self._place(url)}: refused (HTTP {status})")
 
