@@ -34,7 +34,7 @@ MOST_BYTES = 2 << 30
 MOST_WALL_SECONDS = 60.0
 _ADDRESS_SPACE = 12 << 30
 
-_CONTEXT = Context(
+CONTEXT = Context(
     AttributeSchema(
         declarations=(
             CategoryAttribute(name="sex", source="PatientSex", values=("F", "M")),
@@ -144,7 +144,7 @@ def _codes(made: Mutant) -> Iterator[str]:
 
 def _dicom_codes(data: bytes) -> Iterator[str]:
     found = 0
-    for _, result in dicom_scans(data, _CONTEXT):
+    for _, result in dicom_scans(data, CONTEXT):
         yield _code(result.image if isinstance(result, Scan) else result)
         found += 1
     assert found, "a file that gives neither scan nor reason"
@@ -152,7 +152,7 @@ def _dicom_codes(data: bytes) -> Iterator[str]:
 
 def _image_code(data: bytes) -> str:
     try:
-        return _code(file_image(data, _CONTEXT.decode))
+        return _code(file_image(data, CONTEXT.decode))
     except ScanError as error:
         return _code(error)
 
