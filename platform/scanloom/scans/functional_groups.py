@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pydicom
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
@@ -51,7 +52,7 @@ class FrameHeader:
         return ">" if self._top.original_encoding[1] is False else "<"
 
     def value(self, keyword: str) -> Any:
-        """The value as pydicom gives it; None also where pydicom cannot read it. Raises ScanError too-large."""
+        """The value, numbers and texts as Python's own; None also where it cannot be read. Raises ScanError too-large."""
         for level in self._levels(keyword):
             found = _value(level, keyword)
             if found is not None:
@@ -124,13 +125,45 @@ def _value(dataset: Dataset, keyword: str) -> Any:
     if tag not in dataset:
         return None
     element = dataset.get_item(tag)
-    if isinstance(element, RawDataElement) and element.length > _LONGEST_VALUE and not keyword.endswith("Sequence"):
-        raise reject("too-large", keyword)
+    if isinstance(element, RawDataElement):
+        if element.length > _LONGEST_VALUE and not keyword.endswith("Sequence"):
+            raise reject("too-large", keyword)
+        plain = _plain(element, tag)
+        if plain is not None:
+            return plain
     try:
         value = dataset[tag].value
     except Exception:  # noqa: BLE001 - pydicom converts values when they are asked for; junk raises anything
         return None
     return None if value is None or value == "" or value == b"" else value
+
+
+def _plain(element: RawDataElement, tag: BaseTag) -> Any:
+    """The value of the plainest kinds of element; None for every other, and for one that is not what its VR says.
+
+    pydicom's own conversion makes an object of its classes of each value, which takes ten times as long.
+    """
+    raw = element.value
+    if not isinstance(raw, bytes) or not raw:
+        return None
+    vr = element.VR or _vr(tag)
+    if vr == "US" and len(raw) == 2:
+        return int.from_bytes(raw, "little" if element.is_little_endian else "big")
+    if vr not in ("DS", "IS", "CS", "UI") or not raw.isascii():
+        return None
+    words = [word.strip(" \0") for word in raw.decode("ascii").split("\\")]
+    if vr in ("DS", "IS"):
+        try:
+            numbers = [float(word) if vr == "DS" else int(word) for word in words]
+        except ValueError:
+            return None
+        return numbers[0] if len(numbers) == 1 else numbers
+    return None if not any(words) else words[0] if len(words) == 1 else words
+
+
+@functools.cache
+def _vr(tag: BaseTag) -> str:
+    return dictionary_VR(tag) if dictionary_has_tag(tag) else ""
 
 
 def _first(value: Any) -> Any:
