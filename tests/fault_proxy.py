@@ -23,6 +23,7 @@ Fault = Literal[
     "reset",  # connection reset, not forwarded
     "lost_ack",  # forwarded and applied; the connection breaks before the client hears of it
     "truncate",  # the response ends cleanly after `at` bytes of its body
+    "stall",  # the response stops after `at` bytes of its body, and the connection stays open
     "corrupt",  # one bit of the response's body byte `at` flips
     "accept",  # answered as done without being looked at, as by a server that ignores conditions
 ]
@@ -57,6 +58,8 @@ class FaultProxy:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._serving: set[asyncio.Task[None] | None] = set()
         self.injected: list[str] = []
+        self.requests: list[tuple[str, str]] = []
+        """Method and path of every request, in order."""
 
     @property
     def url(self) -> str:
@@ -97,6 +100,7 @@ class FaultProxy:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
+            self.requests.append((method, path))
             rule = self._pick(method, path)
             if rule is not None and rule.fault in _ANSWERS:
                 await _answer_alone(reader, writer, rule.fault, method)
@@ -123,6 +127,8 @@ class FaultProxy:
                 _reset(writer)
             else:
                 await _pass_back(answer, writer, rule)
+            if rule is not None and rule.fault == "stall":
+                await upload  # it ends when the client gives up and closes
         finally:
             upload.cancel()
             upstream.close()
@@ -138,7 +144,7 @@ async def _pass_back(answer: asyncio.StreamReader, writer: asyncio.StreamWriter,
     seen = 0
     while data := await answer.read(1 << 16):
         end = seen + len(data)
-        if rule is not None and rule.fault == "truncate" and end > rule.at:
+        if rule is not None and rule.fault in ("truncate", "stall") and end > rule.at:
             writer.write(data[: rule.at - seen])
             await writer.drain()
             return
