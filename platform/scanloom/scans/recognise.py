@@ -7,6 +7,7 @@ Files are recognised by their content, a few of them spread over the listing. Of
 from __future__ import annotations
 
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ from scanloom.store import ObjectInfo, Store
 SAMPLES = 48
 """Objects whose first bytes are looked at."""
 _HEAD_BYTES = 512
+_GZIP = b"\x1f\x8b"
 _HTTP = ("http://", "https://")
 _MOST_TABLES = 8
 _MOST_ATTRIBUTES = 12
@@ -151,13 +153,24 @@ def content_kind(head: bytes) -> str:
     """dicom, archive, image, parquet, nifti or empty, by the first 512 bytes of a file."""
     if head[128:132] == b"DICM" or (head[:2] in (b"\x02\0", b"\x08\0") and head[3:4] == b"\0"):
         return "dicom"
-    if head[344:348] == b"n+1\0" or head[4:8] == b"n+2\0":
+    if _is_nifti(head) or (head.startswith(_GZIP) and _is_nifti(_inflated(head))):
         return "nifti"
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith(_IMAGE_STARTS):
         return "image"
     return "archive" if is_packed(head) else ""
+
+
+def _is_nifti(head: bytes) -> bool:
+    return head[344:348] == b"n+1\0" or head[4:8] == b"n+2\0"
+
+
+def _inflated(head: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(wbits=31).decompress(head, _HEAD_BYTES)
+    except zlib.error:
+        return b""
 
 
 def dicom_schema() -> AttributeSchema:
