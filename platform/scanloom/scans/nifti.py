@@ -136,14 +136,19 @@ class _Volume:
 
     @property
     def bytes(self) -> int:
+        """Size in the file."""
         return math.prod(self.shape) * self.kind.itemsize
+
+    @property
+    def held_as(self) -> np.dtype[Any]:
+        """Type in memory: of this machine's byte order, and single precision for double, which pixels do not show."""
+        native = self.kind.newbyteorder("=")
+        return np.dtype(np.float32) if native == np.float64 else native
 
 
 def _opened(store: Store, file: SourceFile) -> BinaryIO:
     if not file.bytes:
         raise reject("empty-file")
-    if file.bytes > MAX_FILE_BYTES:
-        raise reject("too-large")
     buffered = io.BufferedReader(RangedFile(store, file.key, file.bytes), _READ_AHEAD)
     return cast(BinaryIO, gzip.GzipFile(fileobj=buffered) if buffered.peek(2)[:2] == _GZIP else buffered)
 
@@ -160,9 +165,7 @@ def _volume(stream: BinaryIO) -> _Volume:
     shape, kind = _shape(dimensions[: max(0, count)]) if count <= 7 else (), _kind(header)
     if offset < read or not shape:
         raise reject("unreadable-nifti")
-    if offset + math.prod(shape) * kind.itemsize > MAX_FILE_BYTES:
-        raise reject("too-large")
-    return _Volume(
+    made = _Volume(
         (shape[0], shape[1], shape[2]),
         kind,
         offset - read,
@@ -170,6 +173,9 @@ def _volume(stream: BinaryIO) -> _Volume:
         _shown(header),
         _affine(header),
     )
+    if max(made.skip, math.prod(shape) * made.held_as.itemsize) > MAX_FILE_BYTES:
+        raise reject("too-large")
+    return made
 
 
 def _header(stream: BinaryIO) -> tuple[Any, int]:
@@ -246,18 +252,20 @@ def _require_bytes(stream: BinaryIO, volume: _Volume, size: int) -> None:
 
 
 def _voxels(stream: BinaryIO, volume: _Volume) -> Voxels:
-    """The volume as stored, [i, j, k]. Raises ScanError: truncated, undecodable-pixels."""
+    """The stored values, [i, j, k]. Raises ScanError: truncated, undecodable-pixels."""
     left = volume.skip
     while left:
         left -= len(_exactly(stream, min(left, _PIECE), "truncated"))
-    stored = np.empty(volume.bytes, np.uint8)
-    for start in range(0, len(stored), _PIECE):
-        piece = stored[start : start + _PIECE]
-        piece[:] = np.frombuffer(_exactly(stream, len(piece), "truncated"), np.uint8)
+    voxels = np.empty(math.prod(volume.shape), volume.held_as)
+    count = _PIECE // volume.kind.itemsize
+    with np.errstate(over="ignore"):
+        for start in range(0, len(voxels), count):
+            piece = voxels[start : start + count]
+            piece[:] = np.frombuffer(_exactly(stream, len(piece) * volume.kind.itemsize, "truncated"), volume.kind)
     if isinstance(stream, gzip.GzipFile):
         for _ in range(_SPARE_BYTES // _PIECE):
             _exactly(stream, _PIECE)
-    return stored.view(volume.kind).reshape(volume.shape, order="F")
+    return voxels.reshape(volume.shape, order="F")
 
 
 def _exactly(stream: BinaryIO, size: int, code: str = "") -> bytes:
@@ -333,6 +341,6 @@ def _view(volume: _Volume, plane: str) -> _View:
 
 def _shown_slice(stored: Voxels, volume: _Volume, window: Window, unit: str) -> tuple[Pixels, Rendering]:
     """One slice through the window; u8 where voxels have 8 bits. Raises ScanError blank-image."""
-    values = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("="))
+    values = np.ascontiguousarray(stored)
     known = Grayscale(modality=volume.rescale, windows=volume.shown, unit=unit)
     return rendered(values, window, known, bits=8 if volume.kind.itemsize == 1 else 16)
