@@ -8,7 +8,9 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,7 +19,9 @@ from urllib.parse import parse_qsl, urlsplit
 import pydicom
 from pydicom.datadict import tag_for_keyword
 
-Fault = Literal["503", "500", "429", "404", "401", "reset", "truncate", "stall", "no-boundary", "html", "cut-json"]
+Fault = Literal[
+    "503", "500", "429", "404", "401", "reset", "truncate", "stall", "drip", "no-boundary", "html", "cut-json"
+]
 ROOT = "/dicom-web"
 _BOUNDARY = "a-boundary"
 
@@ -172,6 +176,12 @@ class DicomWebServer:
                 if fault == "truncate":
                     self.wfile.write(body[: len(body) // 2])
                     self.wfile.flush()
+                    self.close_connection = True
+                elif fault == "drip":
+                    with suppress(OSError):  # until the other side gives up
+                        for byte in body:
+                            self.wfile.write(bytes([byte]))
+                            time.sleep(0.05)
                     self.close_connection = True
                 else:
                     self.wfile.write(body)

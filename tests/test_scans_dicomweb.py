@@ -229,10 +229,13 @@ def test_a_search_that_is_cut_where_its_length_does_not_tell_is_made_again() -> 
         assert len(list_files(source(server), SCHEMA)) == 1
 
 
-def test_a_server_that_falls_silent_is_given_up_on_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pacs, "_TIMEOUTS_S", (1.0, 0.1))
+@pytest.mark.parametrize("fault", ["stall", "drip"])
+def test_a_server_that_falls_silent_or_nearly_so_is_given_up_on_after_a_while(
+    fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pacs, "_TIMEOUTS_S", (1.0, 0.2))
     with DicomWebServer(series(1)) as server:
-        server.inject("stall", r"/series\?", times=2)
+        server.inject(fault, r"/series\?", times=2)
         assert len(list_files(source(server), SCHEMA)) == 1
 
 

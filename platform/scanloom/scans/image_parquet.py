@@ -105,8 +105,10 @@ def _require_columns(source: ParquetSource, schema: AttributeSchema, found: pa.S
         place = image.get_field_index("bytes")
         image = image.field(place).type if place >= 0 else pa.null()
     if not (pt.is_binary(image) or pt.is_large_binary(image)):
-        raise RecipeError(f"{where}: column {source.image_column!r} holds no image bytes; expected binary or a struct "
-                          "with a binary field 'bytes'")  # fmt: skip
+        raise RecipeError(
+            f"{where}: column {source.image_column!r} holds no image bytes; expected binary or a struct "
+            "with a binary field 'bytes'"
+        )
     singles = {source.patient_column, source.study_column} - {""}
     if source.patient_column in {d.source or d.name for d in schema.declarations}:
         raise RecipeError(f"attribute source {source.patient_column!r}: names the patient, so it is not kept")
@@ -114,12 +116,16 @@ def _require_columns(source: ParquetSource, schema: AttributeSchema, found: pa.S
         kind = _column_type(found, column, where)
         item = kind.value_type if pt.is_list(kind) or pt.is_large_list(kind) else kind
         if not _is_text(item) or (item is not kind and column in singles):
-            raise RecipeError(f"{where}: column {column!r} is nested or binary; expected text, numbers or, for an "
-                              "attribute, a list of text")  # fmt: skip
+            raise RecipeError(
+                f"{where}: column {column!r} is nested or binary; expected text, numbers or, for an "
+                "attribute, a list of text"
+            )
 
 
 def _column_type(found: pa.Schema, column: str, where: str) -> Any:
-    if found.names.count(column) != 1:
+    if found.names.count(column) > 1:
+        raise RecipeError(f"{where}: column {column!r} is there twice; rename one of them")
+    if column not in found.names:
         raise RecipeError(f"{where}: no column {column!r}{nearest(column, found.names)}")
     return found.field(column).type
 

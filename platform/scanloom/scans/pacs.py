@@ -36,6 +36,7 @@ INSTANCES_IN_SERIES, PATIENT_ID = "00201209", "00100020"
 
 _TIMEOUTS_S = (10.0, 60.0)
 """To connect, and of silence."""
+_SLOWEST_BYTES_S = 16 << 10
 _ATTEMPTS = 6
 _LONGEST_WAIT_S = 30.0
 _REDIRECTS = 5
@@ -146,8 +147,10 @@ class Pacs:
 
     def _require_all(self, found: int) -> None:
         if found == PAGE:
-            raise StoreError(f"{self.root}: gives {PAGE} results and no more, whatever offset is asked for; narrow "
-                             "prepare.source.query")  # fmt: skip
+            raise StoreError(
+                f"{self.root}: gives {PAGE} results and no more, whatever offset is asked for; narrow "
+                "prepare.source.query"
+            )
         LOG.warning("the server knows no offset: if it caps its results below %d, some are missing", found + 1)
 
     def _page(self, search: Callable[[int], list[Any]], offset: int) -> list[Any]:
@@ -258,8 +261,9 @@ class _Connection:
                 wait *= 2
             except requests.RequestException as error:
                 # Its text holds the URL, or the header.
-                raise StoreError(f"{self._place(url)}: {type(error).__name__}; check prepare.source.uri and "
-                                 f"{AUTHORIZATION_VARIABLE}") from None  # fmt: skip
+                raise StoreError(
+                    f"{self._place(url)}: {type(error).__name__}; check prepare.source.uri and {AUTHORIZATION_VARIABLE}"
+                ) from None
         raise AssertionError("unreachable")
 
     def _answer(self, url: str, headers: Mapping[str, str]) -> tuple[requests.Response, bytearray]:
@@ -302,10 +306,14 @@ def _asked_wait(response: requests.Response) -> float:
 def _body(response: requests.Response) -> bytearray:
     """The decoded body. Raises ScanError too-large."""
     body = bytearray()
-    while piece := response.raw.read(_PIECE, decode_content=True):
+    start = time.monotonic()
+    while piece := response.raw.read1(_PIECE, decode_content=True):
         body += piece
         if len(body) > MAX_FILE_BYTES:
             raise reject("too-large")
+        # A server that sends a byte now and then is never silent.
+        if time.monotonic() - start > _TIMEOUTS_S[1] + len(body) / _SLOWEST_BYTES_S:
+            raise _AgainError("an answer too slow to wait for")
     return body
 
 
