@@ -191,7 +191,8 @@ def _text(dataset: Dataset, keyword: str) -> str:
     tag = _tag_of(keyword)
     if tag not in dataset:
         return ""
-    element = dataset.get_item(tag)
+    # Without keep_deferred, pydicom converts an element that is empty, whatever it calls itself.
+    element = dataset.get_item(tag, keep_deferred=True)
     # Plain text needs none of pydicom's conversion, which takes ten times as long.
     if isinstance(element, RawDataElement) and (element.VR or dictionary_VR(tag)) in _TEXT_VRS:
         raw = element.value

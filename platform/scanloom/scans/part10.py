@@ -220,7 +220,7 @@ def _is_cut(element: object) -> bool:
 def _mended(dataset: Dataset, syntax: uid.UID, rules: Decode, cut: bool) -> bool:
     """Fill up native pixel data that is a little short. Raises ScanError truncated for other cuts."""
     keyword = pixel_element(dataset)
-    element = dataset.get_item(keyword) if keyword else None
+    element = dataset.get_item(keyword, keep_deferred=True) if keyword else None
     if cut and not (element is not None and _is_cut(element) and rules.repair and syntax in NATIVE):
         raise reject("truncated", keyword if element is not None and _is_cut(element) else "")
     if element is None or syntax not in NATIVE or not rules.repair or not isinstance(element.value, bytes):
