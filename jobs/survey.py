@@ -55,7 +55,7 @@ def survey(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _write(arguments.json, json.dumps(told | {"recipe": recipe}, indent=2).encode(), "the same as data")
     if arguments.sheet:
-        _write(arguments.sheet, _sheet(pictures, found), "examples: REAL PATIENTS, to be kept as the source is")
+        _write(arguments.sheet, sheet(pictures, found), "examples: REAL PATIENTS, to be kept as the source is")
     if arguments.recipe:
         _write(arguments.recipe, recipe.encode(), f"a recipe to begin with: scanloom prepare {arguments.recipe}")
     elif not is_recipe(arguments.source):
@@ -111,7 +111,7 @@ def _pool(most: int) -> ray.data.TaskPoolStrategy:
     return ray.data.TaskPoolStrategy(size=min(workers, most))
 
 
-def _sheet(pictures: Sequence[Picture], found: Survey) -> bytes:
+def sheet(pictures: Sequence[Picture], found: Survey) -> bytes:
     tiles = [Tile(p.pixels, p.attributes, 8 * p.pixels.dtype.itemsize) for p in pictures]
     rows = [SheetRow("", tiles[at : at + PICTURES_A_ROW], ()) for at in range(0, len(tiles), PICTURES_A_ROW)]
     return contact_sheet(f"{len(tiles)} of {found.scans:,} scans, by lot: real patients", rows)

@@ -119,7 +119,7 @@ def test_show_with_wrong_credentials_or_bucket_is_one_line(store_uri: str) -> No
     assert "there is no bucket" in _one_line(_scanloom("show", "s3://nobody-made-it/x"))
 
 
-@pytest.mark.parametrize("job", ["prepare", "encode", "finetune", "generate"])
+@pytest.mark.parametrize("job", ["inspect", "prepare", "encode", "finetune", "generate"])
 def test_a_typo_in_a_recipe_is_told_before_anything_starts(tmp_path: Path, job: str) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("nam: x\n")
@@ -166,6 +166,19 @@ def test_a_job_gets_its_recipe_overrides_and_own_options_and_returns_its_exit_co
     command = [sys.executable, "-c", code, "prepare", "r.yaml", "--set", "seed=5", "--locate", "0:3"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (result.returncode, result.stdout.strip()) == (7, "['r.yaml', '--set=seed=5', '--locate', '0:3']")
+
+
+def test_inspect_hands_its_options_to_the_survey(tmp_path: Path) -> None:
+    root = _checkout_with("survey", tmp_path)
+    code = (
+        f"import sys, scanloom.cli as c; from pathlib import Path; c._jobs_folder = lambda: Path({str(root)!r}); "
+        "sys.exit(c.main())"
+    )
+    options = ["--sheet", "s.png", "--limit", "5", "--decode"]
+    command = [sys.executable, "-c", code, "inspect", "s3://b/x", *options]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    told = "['s3://b/x', '--sheet=s.png', '--limit=5', '--examples=24', '--decode']"
+    assert (result.returncode, result.stdout.strip()) == (7, told)
 
 
 def _age() -> dict[str, object]:

@@ -78,3 +78,19 @@ def test_the_picture_on_the_sheet_is_the_phantom_that_was_given() -> None:
     rows, columns = (np.arange(size - 128 + 1) for size in grey.shape)
     misses = [np.abs(grey[r : r + 128, c : c + 128] - expected).mean() for r in rows for c in columns]
     assert min(misses) < 1.0
+
+
+def test_real_pictures_alone_have_no_other_side_and_no_room_for_names() -> None:
+    both = _open(contact_sheet("t", [SheetRow("cell", [_flat(40)], [_flat(80)])]))
+    alone = _open(contact_sheet("t", [SheetRow("", [_flat(40)] * 3, [])] * 2))
+    assert _area(alone, 40)[1] < _area(both, 40)[1]
+    # Three pictures and their gaps, and no line of headings above them.
+    assert alone.shape[1] < 3 * 128 + 100
+    assert _area(alone, 40)[2] < _area(both, 40)[2]
+
+
+def test_a_title_is_never_cut() -> None:
+    title = "a title that is a good deal wider than the one picture below it"
+    wide = _open(contact_sheet(title, [SheetRow("", [_flat(40)], [])]))
+    assert (wide[:, -12:] == 255).all()
+    assert wide.shape[1] > _open(contact_sheet("t", [SheetRow("", [_flat(40)], [])])).shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ def contact_sheet(title: str, rows: Sequence[SheetRow], *, tile_px: int = 128) -
     """
     layout = _Layout(
         tile_px=tile_px,
+        title_width=math.ceil(_font(_TITLE_PX).getlength(title)),
         label_width=_LABEL_WIDTH if any(row.cell or row.note for row in rows) else 0,
         real=max((len(row.real) for row in rows), default=0),
         synthetic=max((len(row.synthetic) for row in rows), default=0),
@@ -72,6 +74,7 @@ def contact_sheet(title: str, rows: Sequence[SheetRow], *, tile_px: int = 128) -
 @dataclass(frozen=True)
 class _Layout:
     tile_px: int
+    title_width: int
     label_width: int
     real: int
     synthetic: int
@@ -89,7 +92,8 @@ class _Layout:
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.left(self.real + self.synthetic) - _GAP + _MARGIN, self.top(self.rows) + _MARGIN
+        width = max(self.left(self.real + self.synthetic) - _GAP, _MARGIN + self.title_width)
+        return width + _MARGIN, self.top(self.rows) + _MARGIN
 
     def left(self, column: int) -> int:
         gutter = _GUTTER if self.synthetic and column >= self.real else 0
