@@ -696,7 +696,7 @@ def identifiers(folder: Path) -> list[bytes]:
     assert len(numbers) == 758
     assert len(uids) > 2000
     assert all(uid.startswith(UID_ROOT.encode()) for uid in uids)
-    return [CANARY.encode(), b"MRN-", UID_ROOT.encode(), *(name.encode() for name in sorted(names))]
+    return [CANARY.encode(), b"MRN-", UID_ROOT.encode(), *(name.encode() for name in sorted(numbers))]
 
 
 def haystacks(corpus: Artefact, key: str) -> Iterator[bytes]:

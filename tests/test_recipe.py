@@ -67,8 +67,8 @@ def test_a_typo_names_the_nearest_key_at_any_depth(changes: dict[str, Any], hint
 
 
 def test_a_wrong_kind_lists_the_kinds() -> None:
-    text = _refusal(prepare={"source": {"kind": "dicom"}})
-    assert all(kind in text for kind in ("prepare.source", "'dicom-tar'", "'image-folder'", "'phantoms'"))
+    text = _refusal(prepare={"source": {"kind": "dcm"}})
+    assert all(kind in text for kind in ("prepare.source", "'dicomweb'", "'image-folder'", "'phantoms'"))
 
 
 @pytest.mark.parametrize(

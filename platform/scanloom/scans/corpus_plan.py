@@ -90,7 +90,7 @@ class CurationPlan:
         if alike["pairs"]:
             yield (
                 f"{alike['pairs']} pairs of nearly equal scans of different patients, {alike['across_splits']} of them "
-                f"across splits: {self.curation.corpus}/near-duplicates"
+                f"across splits: {self.curation.corpus}/near-duplicates/pairs.parquet"
             )
         if statistics["with_text"]:
             yield (

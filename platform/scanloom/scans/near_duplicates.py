@@ -6,6 +6,7 @@ The corpus names such pairs by its own pseudonymous ids; nothing is removed.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -16,12 +17,12 @@ import pyarrow as pa
 from scanloom.artefact import FileEntry
 from scanloom.scans.fingerprint import alike
 from scanloom.scans.tally import SPLITS
-from scanloom.shards.commit import ShardCommit, ShardPart, upload_part
+from scanloom.shards.commit import ShardCommit
 from scanloom.shards.reader import read_parquet
 from scanloom.shards.writer import parquet_bytes
 from scanloom.store import Store
 
-FOLDER = "near-duplicates"
+PAIRS = "near-duplicates/pairs.parquet"
 MOST_LISTED = 100_000
 _COLUMNS = ("id", "patient", "fingerprint")
 
@@ -52,8 +53,10 @@ def report_near_duplicates(
     if not rows:
         return (), {"near_duplicates": counts}
     table = pa.Table.from_pylist(sorted(rows, key=lambda row: (row["bits"], row["id"], row["other_id"])))
-    part = ShardPart("pairs", FOLDER, "parquet", parquet_bytes(table), len(rows))
-    return (upload_part(store, 0, part),), {"near_duplicates": counts}
+    data = parquet_bytes(table)
+    store.write(PAIRS, data)
+    entry = FileEntry(path=PAIRS, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return (entry,), {"near_duplicates": counts}
 
 
 def _scans(

@@ -124,20 +124,10 @@ def commit_shard(
 
 def upload_parts(store: Store, shard: int, parts: Sequence[ShardPart]) -> dict[str, FileEntry]:
     """Upload a shard's data objects without committing them; their entries by role."""
-    files = {part.role: upload_part(store, shard, part) for part in parts}
+    files = {part.role: _uploaded(store, shard, part) for part in parts}
     if len(files) != len(parts):
         raise ValueError(f"shard {shard}: roles repeat: {[part.role for part in parts]}")
     return files
-
-
-def upload_part(store: Store, shard: int, part: ShardPart) -> FileEntry:
-    """Upload one data object under its content-addressed key; its entry."""
-    key = part_key(shard, part)
-    if isinstance(part.data, bytes):
-        store.write(key, part.data)
-    else:
-        store.put(key, part.data)
-    return FileEntry(path=key, bytes=part.size, sha256=part.sha256)
 
 
 def commit_uploaded(store: Store, ours: ShardCommit) -> ShardCommit:
@@ -185,6 +175,15 @@ def clean_orphans(store: Store, grace_s: float) -> list[str]:
     keys = orphans(store, grace_s)
     store.delete(keys)
     return keys
+
+
+def _uploaded(store: Store, shard: int, part: ShardPart) -> FileEntry:
+    key = part_key(shard, part)
+    if isinstance(part.data, bytes):
+        store.write(key, part.data)
+    else:
+        store.put(key, part.data)
+    return FileEntry(path=key, bytes=part.size, sha256=part.sha256)
 
 
 def _read_commit(store: Store, key: str, plan_digest: str) -> ShardCommit:
