@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from scanloom.errors import ScanError
 from scanloom.recipe import Decode
@@ -49,11 +50,17 @@ def _pixels(data: bytes, colour: Colour) -> Pixels:
         raise reject("truncated" if "truncated" in str(error).lower() else "undecodable-pixels") from None
 
 
+def _white_is_zero(image: Image.Image) -> bool:
+    return isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+
+
 def _gray(image: Image.Image, colour: Colour) -> Pixels:
     if image.mode in ("L", "LA"):
         return np.asarray(image.getchannel(0))
     if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)
+        values = np.asarray(image).astype(np.uint16)
+        # Of 16 bits, Pillow leaves it to the caller that in some TIFF files 0 is white; of 8 it does not.
+        return ~values if _white_is_zero(image) else values
     if image.mode == "1":
         return np.asarray(image.convert("L"))
     if image.mode in ("RGB", "RGBA", "P", "YCbCr"):

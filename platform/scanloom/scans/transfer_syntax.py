@@ -44,6 +44,7 @@ _JPEG_XL = (
     uid.UID("1.2.840.10008.1.2.4.112"),
 )
 
+_MOST_PADDING = 4096
 _ITEM, _DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 _STARTS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ", b"\xff\x0a", b"\0\0\0\x0cJXL ")
 
@@ -103,6 +104,8 @@ def _native_value(value: bytes, vr: str, syntax: uid.UID, pixel: ImagePixel) -> 
     """The bytes of all frames, and their order."""
     if len(value) < pixel.native_bytes:
         raise reject("truncated", pixel.element)
+    if len(value) - pixel.native_bytes >= max(pixel.native_bytes // pixel.frames, _MOST_PADDING):
+        raise reject("undecodable-pixels", "NumberOfFrames")
     if syntax != uid.ExplicitVRBigEndian:
         return value, "<"
     if vr != "OW":
