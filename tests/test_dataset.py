@@ -74,11 +74,11 @@ def test_parquet_and_dicom_hold_the_same_pixels_and_say_where(bits: int) -> None
     plan = plan_of("a" * 64, bits_stored=bits)
     pixels = random_pixels(plan.spec, 4)
     parts = {part.role: part for part in shard_parts(plan.spec, 0, plan.rows(0), pixels)}
-    table = pq.read_table(io.BytesIO(parts["images"].data))
+    table = pq.read_table(io.BytesIO(parts["images"].content()))
     assert table.schema.equals(dataset_schema(SCHEMA), check_metadata=False)
     for row, image in zip(table.to_pylist(), pixels, strict=True):
         start = row["dicom_offset"]
-        file = dcmread(io.BytesIO(parts["dicom"].data[start : start + row["dicom_length"]]))
+        file = dcmread(io.BytesIO(parts["dicom"].content()[start : start + row["dicom_length"]]))
         np.testing.assert_array_equal(png_pixels(row["image"]["bytes"]), image)
         np.testing.assert_array_equal(file.pixel_array, image)
         assert row["sop_instance_uid"] == file.SOPInstanceUID
@@ -89,7 +89,7 @@ def test_parquet_and_dicom_hold_the_same_pixels_and_say_where(bits: int) -> None
 def test_a_dataset_without_dicom_has_no_tar_and_no_offsets() -> None:
     plan = plan_of("a" * 64, dicom=Dicom(enabled=False))
     [part] = shard_parts(plan.spec, 0, plan.rows(0), random_pixels(plan.spec, 4))
-    table = pq.read_table(io.BytesIO(part.data))
+    table = pq.read_table(io.BytesIO(part.content()))
     assert table["dicom_shard"].null_count == table["dicom_offset"].null_count == 4
 
 

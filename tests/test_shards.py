@@ -264,7 +264,7 @@ def test_rows_come_in_shard_order_from_one_folder(store: Store) -> None:
     entries = []
     for shard, ids in ((1, ["c", "d"]), (0, ["a", "b"])):
         part = _part(parquet_bytes(pa.table({"id": ids})))
-        store.write(part_key(shard, part), part.data)
+        store.write(part_key(shard, part), part.content())
         entries.append(FileEntry.of(store.digest(part_key(shard, part))))
     other = FileEntry(path="holdout/shard-000000-000000000000.parquet", bytes=0, sha256="")
     artefact = publish(store, kind="corpus", name="n", recipe={}, inputs=[], files=[*entries, other], statistics={})

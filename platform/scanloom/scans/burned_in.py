@@ -18,6 +18,8 @@ from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from scanloom.scans.image import Pixels
+
 Gray = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -68,7 +70,7 @@ class _Glyphs:
         return _Glyphs(self.left, self.top, self.right, self.bottom, self.ink)
 
 
-def text_lines(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> tuple[TextLine, ...]:
+def text_lines(pixels: Pixels) -> tuple[TextLine, ...]:
     """The lines of text in a scan, HxW u8 or u16, from top to bottom; the same pixels always give the same lines."""
     gray = _eight_bits(pixels)
     if min(gray.shape) < 2 * CELL:

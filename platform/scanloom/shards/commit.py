@@ -60,6 +60,10 @@ class ShardPart:
         with self.data.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
+    def content(self) -> bytes:
+        """All of it, in memory."""
+        return self.data if isinstance(self.data, bytes) else self.data.read_bytes()
+
     @property
     def size(self) -> int:
         """In bytes."""
