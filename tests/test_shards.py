@@ -166,7 +166,7 @@ def test_two_rivals_per_shard_on_a_failing_network_commit_exactly_once(
         proxy.inject("lost_ack", method="PUT", times=-1, share=0.10)
         proxy.inject("reset", times=-1, share=0.05)
         proxy.inject("503", times=-1, share=0.05)
-        proxy.inject("truncate", method="GET", times=-1, share=0.2, at=20)
+        proxy.inject("truncate", method="GET", times=-1, share=0.1, at=20)
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         assert sorted(_attempts(Store(store_uri), shards)) == sorted(2 * list(range(shards)))
         seen_through_faults = committed(Store(store_uri), PLAN)
