@@ -30,7 +30,8 @@ from scanloom.scans.starter_recipe import starter_recipe
 from scanloom.scans.survey import PICTURE_PX, Example, Look, Survey, band, drawn, merged, pictures, survey_unit
 from scanloom.scans.survey_report import remarks, report, tables
 from scanloom.scans.units import Unit, cut
-from tests.made_dicom import KEY, file, radiograph, tar
+from tests.dicomweb_server import DicomWebServer
+from tests.made_dicom import KEY, UID_ROOT, file, radiograph, tar
 from tests.test_scans_recognise import _png
 
 SCHEMA = AttributeSchema(
@@ -189,6 +190,20 @@ def test_a_source_that_has_to_be_read_is_surveyed_too() -> None:
     look = Look(PhantomSource(scans=20), schema, Decode(), KEY.encode())
     found = _report(look)
     assert (found["scans"], found["pixels_decoded"], found["quarantine"]) == (20, True, {})
+
+
+def test_a_pacs_is_surveyed_by_the_headers_of_its_instances() -> None:
+    contents = [file(PatientID=f"P{n}", Modality="DX", SeriesInstanceUID=f"{UID_ROOT}7.{n // 2}") for n in range(6)]
+    with DicomWebServer([*contents, file(PatientID="")]) as server:
+        found = recognise(server.url)
+        look = Look(found.source, found.schema, Decode(), KEY.encode(), most_files=5)
+        told = _report(look)
+        assert (told["scans"], told["headers"]["modality"]["DX"], told["pixels_decoded"]) == (6, 6, False)
+        assert told["quarantine"] == {"no-patient-id": 1}
+        units = _units(look)
+        (first, *_) = survey_unit(units[0], look).examples
+        (picture,) = pictures(units[0], [first], look)
+        assert picture.pixels.shape == (PICTURE_PX, PICTURE_PX)
 
 
 # --- examples -------------------------------------------------------------------------------------------------

@@ -109,7 +109,10 @@ def whole_files(
         return
     pacs = Pacs(source.uri)
     _, study, _, series = file.key.split("/")
-    for member, instance in enumerate(pacs.instances(study, series)):
+    instances = pacs.instances(study, series)
+    if not instances:
+        yield 0, reject("empty-series")
+    for member, instance in enumerate(instances):
         if members is None or member in members:
             try:
                 yield member, pacs.instance(study, series, instance)

@@ -288,7 +288,7 @@ def _texts(value: Value) -> tuple[str, ...]:
         return value or (NO_LABEL,)
     if isinstance(value, float):
         return (f"{value:.3g}",)
-    return () if value is None else (value,)
+    return (value,) if isinstance(value, str) else ()
 
 
 def _see(counts: dict[str, Seen], text: str, patient: str, scans: int) -> None:
