@@ -72,7 +72,7 @@ def _start_of_frame(body: bytes, colour: str) -> Codestream:
 
 
 def jpeg2000_header(frame: bytes) -> Codestream:
-    """SIZ of JPEG 2000 (T.800 A.5.1), bare or in a JP2 file. Raises ValueError where there is none."""
+    """SIZ of JPEG 2000 (T.800 A.5.1), bare or in a JP2 file. Raises ValueError where there is none, or tiles lack."""
     if frame[:8] == _JP2_SIGNATURE:
         frame = frame[frame.index(b"jp2c") + 4 :]
     if frame[:4] != b"\xff\x4f\xff\x51" or len(frame) < 43:
@@ -82,10 +82,27 @@ def jpeg2000_header(frame: bytes) -> Codestream:
         raise ValueError("subsampled components")
     if tile_x < 1 or tile_y < 1 or tile_x0 > x0 or tile_y0 > y0:
         raise ValueError("impossible tiles")
-    if -(-(x - tile_x0) // tile_x) * -(-(y - tile_y0) // tile_y) > 65535:
+    tiles = -(-(x - tile_x0) // tile_x) * -(-(y - tile_y0) // tile_y)
+    if tiles > 65535:
         raise ValueError("too many tiles")
+    if len(_tiles(frame)) != tiles:
+        # OpenJPEG leaves missing ones black and says nothing.
+        raise ValueError("tiles are missing")
     depth = frame[42]
     return Codestream(y - y0, x - x0, samples, (depth & 0x7F) + 1, signed=bool(depth & 0x80))
+
+
+def _tiles(frame: bytes) -> set[int]:
+    """The numbers of the tiles that the codestream has parts of (A.4.2)."""
+    place, found = 2, set()
+    while frame[place : place + 1] == b"\xff" and frame[place + 1] != 0x90:
+        place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
+    while frame[place : place + 2] == b"\xff\x90" and place + 12 <= len(frame):
+        found.add(int.from_bytes(frame[place + 4 : place + 6], "big"))
+        length = int.from_bytes(frame[place + 6 : place + 10], "big")
+        # 0: up to the end of the codestream.
+        place += length if length >= 12 else len(frame)
+    return found
 
 
 def jpegxl_header(frame: bytes) -> Codestream:
