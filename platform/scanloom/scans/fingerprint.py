@@ -27,8 +27,8 @@ MOST_PAIRS = 1_000_000
 """Pairs that `alike` yields at most."""
 LARGE = 256
 """Fingerprints with one key beyond which they are told apart by a second key."""
-MOST_COMPARED = 2048
-"""Fingerprints that one fingerprint is compared with at most among those of one key."""
+MOST_COMPARISONS = 3_000_000_000
+"""Comparisons, about, that are spent on fingerprints which two keys do not tell apart."""
 _CHUNK = 1 << 18
 _KEY_BITS = 32
 
@@ -108,8 +108,9 @@ def alike(
     Two fingerprints within d bits agree wholly in one of d + 1 bands, so only those are compared: every pair is
     found, but for three limits that keep a corpus of near-blank scans from becoming quadratic. Of equal fingerprints
     each is paired with the first one of another group only, and the first of them stands for all of them in other
-    pairs. Where thousands still agree in a band and in a band of the remaining bits, each is compared with 2048 of
-    them. After 1,000,000 pairs it stops. Each pair comes once, with i < j; time grows steeply beyond 16 bits.
+    pairs. Where more still agree in a band and in a band of the remaining bits than can be compared in about a minute,
+    each is compared with some of them. After 1,000,000 pairs it stops. Each pair comes once, with i < j; time grows
+    steeply beyond 16 bits.
     """
     if len(fingerprints) != len(groups) or fingerprints.shape[1:] != (BITS // 8,):
         raise ValueError(f"fingerprints {fingerprints.shape} for groups {groups.shape}, expected [N, 32] and [N]")
@@ -158,24 +159,34 @@ class _Clusters:
 
 def _distinct(one: Whole, another: Whole, bits: Whole) -> Whole:
     rows = np.stack([np.minimum(one, another), np.maximum(one, another), bits], axis=1)
-    return np.unique(rows, axis=0)
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    repeated = (rows[1:, :2] == rows[:-1, :2]).all(axis=1)
+    return np.asarray(rows[np.concatenate([np.ones(min(len(rows), 1), dtype=np.bool_), ~repeated])])
 
 
 def _near(clusters: _Clusters, max_bits: int) -> Whole:
-    """Rows (i, j, bits) of pairs of different fingerprints, up to MOST_PAIRS of them."""
-    found = np.zeros((0, 3), dtype=np.int64)
-    if max_bits < 1 or len(clusters.first) < 2:
-        return found
-    columns = np.ascontiguousarray(clusters.fingerprints.T)
-    words = clusters.fingerprints.view(np.uint64)
+    """Rows (i, j, bits) of pairs of different fingerprints, up to some more than MOST_PAIRS of them."""
+    kept, fresh, waiting = np.zeros((0, 3), dtype=np.int64), [], 0
+    for one, another, bits in _candidates(clusters.fingerprints, max_bits):
+        fresh.append(clusters.between(one, another, bits))
+        waiting += len(fresh[-1])
+        # Pairs come once per band that they share; sorted in bulk, since that costs more than finding them.
+        if waiting > MOST_PAIRS:
+            kept, fresh, waiting = _distinct(*np.concatenate([kept, *fresh]).T), [], 0
+            if len(kept) >= MOST_PAIRS:
+                return kept
+    return _distinct(*np.concatenate([kept, *fresh]).T)
+
+
+def _candidates(fingerprints: Fingerprints, max_bits: int) -> Iterator[tuple[Whole, Whole, Whole]]:
+    """Pairs within max_bits of the distinct fingerprints, the same pair in every band that it shares."""
+    if max_bits < 1 or len(fingerprints) < 2:
+        return
+    columns = np.ascontiguousarray(fingerprints.T)
+    words = fingerprints.view(np.uint64)
     order = _by_balance(columns)
     for band in _bands(order, max_bits):
-        rest = order[~np.isin(order, band)]
-        for one, another, bits in _sharing(columns, words, band, rest, max_bits):
-            found = np.unique(np.concatenate([found, clusters.between(one, another, bits)]), axis=0)
-            if len(found) >= MOST_PAIRS:
-                return found
-    return found
+        yield from _sharing(columns, words, band, order[~np.isin(order, band)], max_bits)
 
 
 def _by_balance(columns: Fingerprints) -> Whole:
@@ -205,15 +216,16 @@ def _sharing(
     order = np.argsort(keys, kind="stable")
     ends, sizes = _runs(keys[order])
     small = sizes <= LARGE
-    yield from _within(order, np.where(small, ends, 0), words, max_bits)
+    yield from _within(order, np.where(small, ends, 0), words, max_bits, LARGE)
     crowded = order[~small]
     if not len(crowded):
         return
+    most = max(LARGE // 8, MOST_COMPARISONS // (len(crowded) * (max_bits + 1) ** 2))
     for again in _bands(rest, max_bits):
         both = (keys[crowded] << np.uint64(_KEY_BITS)) | _keys(columns[:, crowded], again)
         inner = np.argsort(both, kind="stable")
         ends, _ = _runs(both[inner])
-        yield from _within(crowded[inner], ends, words, max_bits)
+        yield from _within(crowded[inner], ends, words, max_bits, most)
 
 
 def _runs(keys: npt.NDArray[np.uint64]) -> tuple[Whole, Whole]:
@@ -224,18 +236,21 @@ def _runs(keys: npt.NDArray[np.uint64]) -> tuple[Whole, Whole]:
 
 
 def _within(
-    order: Whole, ends: Whole, words: npt.NDArray[np.uint64], max_bits: int
+    order: Whole, ends: Whole, words: npt.NDArray[np.uint64], max_bits: int, most: int
 ) -> Iterator[tuple[Whole, Whole, Whole]]:
-    """Pairs within max_bits of members of one run, at most MOST_COMPARED apart in it."""
+    """Pairs within max_bits of members of one run that stand at most `most` apart in it."""
+    ordered = np.ascontiguousarray(words[order].T)
     place = np.arange(len(order))
-    for apart in range(1, MOST_COMPARED + 1):
+    for apart in range(1, min(most, len(order)) + 1):
         place = place[place + apart < ends[place]]
         if not len(place):
             return
         for start in range(0, len(place), _CHUNK):
-            at = place[start : start + _CHUNK]
-            one, another = order[at], order[at + apart]
-            bits = np.bitwise_count(words[one] ^ words[another]).sum(axis=1, dtype=np.int64)
-            near = bits <= max_bits
-            if near.any():
-                yield one[near], another[near], bits[near]
+            at, bits = place[start : start + _CHUNK], np.zeros(1, dtype=np.int64)
+            for word in ordered:
+                # Most pairs are told apart by their first words.
+                bits = bits + np.bitwise_count(word[at] ^ word[at + apart])
+                near = bits <= max_bits
+                at, bits = at[near], bits[near]
+            if len(at):
+                yield order[at], order[at + apart], bits
