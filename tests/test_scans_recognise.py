@@ -124,6 +124,14 @@ def test_a_table_that_names_no_patients_is_said_to_be_so(tmp_path: Path) -> None
     assert "no column of the table seems to name the patient" in found.remarks[0]
 
 
+def test_sexes_are_declared_as_dicom_spells_them(tmp_path: Path) -> None:
+    names = _images(tmp_path)
+    rows = "".join(f"{name},p{n},{('Female', 'male')[n % 2]}\n" for n, name in enumerate(names))
+    (tmp_path / "t.csv").write_text("file,patient,Sex\n" + rows)
+    sex = recognise(str(tmp_path)).schema["sex"].model_dump()
+    assert (sex["values"], sex["aliases"]) == (("F", "M"), {"Female": "F", "male": "M"})
+
+
 def test_a_column_whose_name_a_corpus_uses_itself_gets_another(tmp_path: Path) -> None:
     names = _images(tmp_path)
     rows = "".join(f"{name},p{n},{'ab'[n % 2]},{'cd'[n % 2]}\n" for n, name in enumerate(names))

@@ -193,7 +193,10 @@ def test_a_source_that_has_to_be_read_is_surveyed_too() -> None:
 
 
 def test_a_pacs_is_surveyed_by_the_headers_of_its_instances() -> None:
-    contents = [file(PatientID=f"P{n}", Modality="DX", SeriesInstanceUID=f"{UID_ROOT}7.{n // 2}") for n in range(6)]
+    uids = [
+        {"StudyInstanceUID": f"{UID_ROOT}6.{n // 2}", "SeriesInstanceUID": f"{UID_ROOT}7.{n // 2}"} for n in range(6)
+    ]
+    contents = [file(PatientID=f"P{n}", Modality="DX", **uids[n]) for n in range(6)]
     with DicomWebServer([*contents, file(PatientID="")]) as server:
         found = recognise(server.url)
         look = Look(found.source, found.schema, Decode(), KEY.encode(), most_files=5)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scanloom.scans.table_profile import MOST_VALUES, Column, ColumnTally, is_plain, is_telling
+from scanloom.scans.distinct import Seen
+from scanloom.scans.table_profile import MOST_VALUES, Column, ColumnTally, is_plain, is_telling, span
 
 ROWS = 60
 
@@ -39,6 +40,12 @@ def test_a_number_is_bounded_by_what_five_patients_reach() -> None:
     column = _column("Age", ages)
     assert (column.kind, column.low, column.high) == ("number", 23, 66)
     assert _column("PatientAge", [f"{20 + n % 30:03d}Y" for n in range(ROWS)]).kind == "number"
+
+
+def test_a_number_that_fewer_than_five_patients_reach_from_either_end_has_no_range() -> None:
+    assert span({float(n): Seen().of(str(n)) for n in range(8)}) is None
+    assert span({float(n): Seen().of(str(n)) for n in range(9)}) == (4, 4)
+    assert span({1.0: Seen(9, ("a",)), 2.0: Seen(9, ("b",))}) is None
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ _MODALITIES = ("CR", "DX", "CT", "MR", "MG", "US", "XA", "RF", "PT", "NM", "OT",
 # How tables name their columns, without case and signs; the first that a table has.
 _PATIENTS = ("patientid", "patient", "subjectid", "subject", "personid", "pid", "mrn", "patientkey", "patientnumber")
 _STUDIES = ("studyid", "study", "studyinstanceuid", "accessionnumber", "examid", "exam", "followup")
+_SEXES = {"f": "F", "female": "F", "woman": "F", "m": "M", "male": "M", "man": "M", "o": "O", "other": "O"}
 _NO_FINDING = re.compile(r"no ?findings?|none|normal|negative", re.IGNORECASE)
 _WORDS: Mapping[str, str] = {"gender": "sex", "sex": "sex", "age": "age", "view": "view", "finding": "findings",
                              "findings": "findings", "labels": "findings", "diagnosis": "findings"}  # fmt: skip
@@ -417,6 +418,11 @@ def _declaration(column: Column) -> AttributeDeclaration | None:
     name = _slug(column.name)
     if column.kind == "number":
         return _age(column.name) if name == "age" else None
+    sexes = {value: _SEXES.get(value.lower(), "") for value in column.values}
+    if column.kind == "category" and name == "sex" and all(sexes.values()):
+        values = tuple(sex for sex in ("F", "M", "O") if sex in sexes.values())
+        aliases = {value: sex for value, sex in sexes.items() if value != sex}
+        return CategoryAttribute(name=name, source=column.name, values=values, aliases=aliases)
     if column.kind == "category":
         return CategoryAttribute(name=name, source=column.name, values=tuple(column.values))
     if column.kind == "labels":

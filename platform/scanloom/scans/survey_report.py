@@ -18,7 +18,7 @@ from scanloom.scans.distinct import Distinct, Seen
 from scanloom.scans.glimpse import is_header_enough
 from scanloom.scans.quarantine import CODES
 from scanloom.scans.survey import UNKNOWN, Look, Survey, axes
-from scanloom.scans.table_profile import MOST_VALUES, Column, is_telling, reached, shareable
+from scanloom.scans.table_profile import MOST_VALUES, Column, is_telling, shareable, span
 
 FEW_WORD = "few"
 _MOST_TERMS = 16
@@ -80,7 +80,8 @@ def _attribute(declaration: AttributeDeclaration, survey: Survey, look: Look) ->
     if isinstance(declaration, NumberAttribute):
         numbers = {float(text): seen for text, seen in values.items()}
         scans = sum(seen.scans for seen in numbers.values())
-        return found | {"scans": scans, "low": reached(numbers), "high": reached(numbers, from_above=True)}
+        low, high = span(numbers) or (None, None)
+        return found | {"scans": scans, "low": low, "high": high}
     ordered = sorted(values.items(), key=lambda item: (-item[1].scans, item[0]))
     return found | {"values": {text: _count(seen) for text, seen in ordered}}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -126,10 +126,10 @@ class ColumnTally:
         # Nearly as many different whole numbers as rows: somebody's numbers.
         if not self._fractions and len(self._values) > max(MOST_CATEGORIES, many) and "age" not in _words(self._name):
             return plain
-        low, high = reached(self._histogram), reached(self._histogram, from_above=True)
-        if low is None or high is None or _DATE.fullmatch(f"{high:.0f}"):
+        found = span(self._histogram)
+        if found is None or _DATE.fullmatch(f"{found[1]:.0f}"):
             return plain
-        return Column(self._name, "number", self._filled, self._empty, len(self._values), low=low, high=high)
+        return Column(self._name, "number", self._filled, self._empty, len(self._values), low=found[0], high=found[1])
 
 
 def is_telling(column: str) -> bool:
@@ -155,11 +155,16 @@ def shareable(seen: Mapping[str, Seen]) -> dict[str, int]:
     return dict(sorted(shown.items(), key=lambda item: (-item[1], item[0])))
 
 
-def reached(histogram: Mapping[float, Seen], *, from_above: bool = False) -> float | None:
-    """The number up to (or down to) which there are FEW patients; None where there are fewer."""
+def span(histogram: Mapping[float, Seen]) -> tuple[float, float] | None:
+    """The numbers down to which and up to which there are FEW patients; None where there are too few for both."""
+    low, high = _reached(sorted(histogram.items())), _reached(sorted(histogram.items(), reverse=True))
+    return (low, high) if low is not None and high is not None and low <= high else None
+
+
+def _reached(ordered: Iterable[tuple[float, Seen]]) -> float | None:
     patients: set[str] = set()
-    for number in sorted(histogram, reverse=from_above):
-        patients.update(histogram[number].patients)
+    for number, seen in ordered:
+        patients.update(seen.patients)
         if len(patients) >= FEW:
             return number
     return None
