@@ -173,6 +173,21 @@ def test_modality_and_voi_luts_are_applied_in_turn() -> None:
     assert made.rendering == Rendering("voi-lut", 0.0, 255.0)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("name", ["implicit", "explicit", "big-endian", "deflated"])
+def test_luts_and_padding_mean_the_same_in_every_encoding(name: str, signed: bool) -> None:
+    """Their VRs are US or SS, by the sign of the pixels; Implicit VR does not say which."""
+    pixels = radiograph(8)
+    stored: Any = (pixels.astype(np.int16) - 128).astype(np.int8) if signed else pixels
+    reverse = Dataset()
+    reverse.add_new("LUTDescriptor", "SS" if signed else "US", [256, -128 if signed else 0, 16])
+    reverse.add_new("LUTData", "US", [255 - v for v in range(256)])
+    reverse.ModalityLUTType = "US"
+    luts = {"ModalityLUTSequence": Sequence([reverse]), "VOILUTSequence": Sequence([lut(list(range(256)), 0, 8)])}
+    made = image(file(stored, LOSSLESS[name], PixelPaddingValue=-128 if signed else 0, **luts))
+    np.testing.assert_array_equal(made.pixels, np.where(pixels == 0, 0, 255 - pixels))
+
+
 def test_the_full_range_behind_a_modality_lut_is_that_of_its_output() -> None:
     pixels = np.array([[0, 1, 2], [3, 2, 1]], np.uint8)
     jumps = lut([500, 7, 900, 100], 0, 16)

@@ -13,7 +13,7 @@ from scanloom.scans.colour import Palette, gray_of_colour
 from scanloom.scans.functional_groups import FrameHeader
 from scanloom.scans.geometry import geometry
 from scanloom.scans.grayscale import Grayscale, Ramp, Rescale, Sigmoid, VoiLut, rendered, windowed
-from scanloom.scans.image import Rendering, ScanImage
+from scanloom.scans.image import Pixels, Rendering, ScanImage
 from scanloom.scans.image_file import file_image
 from scanloom.scans.image_pixel import GRAY, MAX_PIXELS, ImagePixel, pixel_element
 from scanloom.scans.lookup_table import Lut, lut_of_item
@@ -89,37 +89,38 @@ def frames(instance: Instance, rules: Decode) -> Iterator[ScanImage | ScanError]
     pixel = instance.pixel
     with quiet():
         palette = Palette(instance.dataset, pixel) if pixel.photometric == "PALETTE COLOR" else None
-    return (_image(instance, pixel, palette, index, frame, rules) for index, frame in enumerate(stored))
+    return (_image(instance, palette, index, frame, rules) for index, frame in enumerate(stored))
 
 
 def _image(
-    instance: Instance,
-    pixel: ImagePixel,
-    palette: Palette | None,
-    index: int,
-    frame: StoredFrame | ScanError,
-    rules: Decode,
+    instance: Instance, palette: Palette | None, index: int, frame: StoredFrame | ScanError, rules: Decode
 ) -> ScanImage | ScanError:
     if isinstance(frame, ScanError):
         return frame
     try:
         with quiet():
             header = FrameHeader(instance.dataset, index)
-            if pixel.photometric in GRAY:
-                known = grayscale(header, pixel)
-                pixels, rendering = rendered(frame.samples, rules.window, known, bits=8 if pixel.stored <= 8 else 16)
-                return ScanImage(pixels, geometry(header), rendering, instance.repairs)
-            if palette is not None:
-                pixels = palette.gray(frame.samples, rules.colour)
-            else:
-                pixels = gray_of_colour(frame.samples, frame.photometric, pixel.stored, rules.colour)
-            if pixels.min() == pixels.max():
-                raise reject("blank-image", "PixelData")
-            return ScanImage(pixels, geometry(header), Rendering(), instance.repairs)
+            pixels, rendering = _shown(frame, header, instance.pixel, palette, rules)
+            return ScanImage(pixels, geometry(header), rendering, instance.repairs)
     except ScanError as error:
         return error
     except Exception:  # noqa: BLE001 - a malformed header fails anywhere in numpy
-        return reject("undecodable-pixels", pixel.element)
+        return reject("undecodable-pixels", instance.pixel.element)
+
+
+def _shown(
+    frame: StoredFrame, header: FrameHeader, pixel: ImagePixel, palette: Palette | None, rules: Decode
+) -> tuple[Pixels, Rendering]:
+    if pixel.photometric in GRAY:
+        bits = 8 if pixel.stored <= 8 else 16
+        return rendered(frame.samples, rules.window, grayscale(header, pixel), bits=bits)
+    if palette is not None:
+        pixels = palette.gray(frame.samples, rules.colour)
+    else:
+        pixels = gray_of_colour(frame.samples, frame.photometric, pixel.stored, rules.colour)
+    if pixels.min() == pixels.max():
+        raise reject("blank-image", "PixelData")
+    return pixels, Rendering()
 
 
 # --- what the header says of its values -----------------------------------------------------------------------

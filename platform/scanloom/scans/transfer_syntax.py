@@ -65,12 +65,12 @@ class PixelSource:
     """
 
     def __init__(self, dataset: Dataset, syntax: uid.UID, pixel: ImagePixel) -> None:
-        element = dataset.get_item(pixel.element)
+        element = dataset.get_item(pixel.element, keep_deferred=True)
         value = element.value if isinstance(element.value, bytes) else b""
         encapsulated = value.startswith(_ITEM) and _undefined_length(element)
         self._pixel = pixel
         self._decode: Callable[[bytes, ImagePixel], StoredFrame] | None = None
-        self._native = b""
+        self._native: bytes | memoryview = b""
         self._frames: list[list[memoryview]] = []
         self._order = "<"
         if syntax in NATIVE and not encapsulated:
@@ -100,7 +100,7 @@ def _undefined_length(element: DataElement | RawDataElement) -> bool:
 # --- native ---------------------------------------------------------------------------------------------------
 
 
-def _native_value(value: bytes, vr: str, syntax: uid.UID, pixel: ImagePixel) -> tuple[bytes, str]:
+def _native_value(value: bytes, vr: str, syntax: uid.UID, pixel: ImagePixel) -> tuple[bytes | memoryview, str]:
     """The bytes of all frames, and their order."""
     if len(value) < pixel.native_bytes:
         raise reject("truncated", pixel.element)
@@ -111,10 +111,10 @@ def _native_value(value: bytes, vr: str, syntax: uid.UID, pixel: ImagePixel) -> 
     if vr != "OW":
         return value, ">"
     # PS3.5 8.1.1 and 7.3: it is 16-bit words that are big endian, whether a sample is a part of one, or two of them.
-    return np.frombuffer(value, ">u2", len(value) // 2).astype("<u2").tobytes(), "<"
+    return np.frombuffer(value, ">u2", len(value) // 2).astype("<u2").data.cast("B"), "<"
 
 
-def native_frame(value: bytes, index: int, order: str, pixel: ImagePixel) -> StoredFrame:
+def native_frame(value: bytes | memoryview, index: int, order: str, pixel: ImagePixel) -> StoredFrame:
     """Frame number `index` of native pixel data; `order` is its byte order, < or >."""
     shape = (pixel.rows, pixel.columns)
     if pixel.allocated == 1:
@@ -133,7 +133,7 @@ def native_frame(value: bytes, index: int, order: str, pixel: ImagePixel) -> Sto
     return StoredFrame(significant_bits(planes, pixel), pixel.photometric)
 
 
-def _unpacked(value: bytes, index: int, pixel: ImagePixel) -> Samples:
+def _unpacked(value: bytes | memoryview, index: int, pixel: ImagePixel) -> Samples:
     if pixel.samples != 1:
         raise reject("unsupported-pixels", "SamplesPerPixel")
     first, skipped = divmod(index * pixel.frame_bits, 8)
