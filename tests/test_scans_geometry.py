@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 
 from scanloom.scans.functional_groups import FrameHeader
-from scanloom.scans.geometry import geometry
+from scanloom.scans.geometry import geometry, with_square_pixels
 from scanloom.scans.image import Geometry
+from tests.made_dicom import radiograph
 
 
 def read(**elements: Any) -> Geometry:
@@ -48,6 +49,35 @@ def test_magnified_detector_spacing_is_that_in_the_patient() -> None:
     # A patient cannot be behind the detector.
     assert read(ImagerPixelSpacing=[0.2, 0.3], EstimatedRadiographicMagnificationFactor=0.5).spacing_mm == (0.2, 0.3)
     assert read(PixelSpacing=[0.2, 0.3], EstimatedRadiographicMagnificationFactor=1.25).spacing_mm == (0.2, 0.3)
+
+
+def header_of(**elements: Any) -> FrameHeader:
+    made = Dataset()
+    for keyword, value in elements.items():
+        setattr(made, keyword, value)
+    return FrameHeader(made)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(
+    "ratio, shape", [([2, 1], (96, 40)), ([1, 2], (48, 80)), ([4, 3], (64, 40)), ([1, 1], (48, 40))]
+)
+def test_pixels_of_which_only_the_aspect_is_known_are_made_square(ratio: Any, shape: Any, bits: int) -> None:
+    pixels = radiograph(bits)
+    squared = with_square_pixels(pixels, header_of(PixelAspectRatio=ratio))
+    assert squared.shape == shape
+    assert squared.dtype == pixels.dtype
+    assert float(squared.mean()) == pytest.approx(float(pixels.mean()), rel=0.01)
+
+
+@pytest.mark.parametrize("ratio", [[0, 1], [-2, 1], [1, 100], [2]])
+def test_an_impossible_aspect_is_left_alone(ratio: Any) -> None:
+    assert with_square_pixels(radiograph(8), header_of(PixelAspectRatio=ratio)).shape == (48, 40)
+
+
+def test_pixels_whose_spacing_is_known_are_left_to_the_resizing() -> None:
+    header = header_of(PixelAspectRatio=[2, 1], PixelSpacing=[1.0, 0.5])
+    assert with_square_pixels(radiograph(8), header).shape == (48, 40)
 
 
 @pytest.mark.parametrize("words", [["L", "F"], ["A", "FR"], ["PL", "HAR"], ["HLP", "AF"]])

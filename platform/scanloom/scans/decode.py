@@ -11,7 +11,7 @@ from scanloom.errors import ScanError
 from scanloom.recipe import Decode
 from scanloom.scans.colour import Palette, gray_of_colour
 from scanloom.scans.functional_groups import FrameHeader
-from scanloom.scans.geometry import geometry
+from scanloom.scans.geometry import geometry, with_square_pixels
 from scanloom.scans.grayscale import Grayscale, Ramp, Rescale, Sigmoid, VoiLut, rendered, windowed
 from scanloom.scans.image import Pixels, Rendering, ScanImage
 from scanloom.scans.image_file import file_image
@@ -101,7 +101,7 @@ def _image(
         with quiet():
             header = FrameHeader(instance.dataset, index)
             pixels, rendering = _shown(frame, header, instance.pixel, palette, rules)
-            return ScanImage(pixels, geometry(header), rendering, instance.repairs)
+            return ScanImage(with_square_pixels(pixels, header), geometry(header), rendering, instance.repairs)
     except ScanError as error:
         return error
     except Exception:  # noqa: BLE001 - a malformed header fails anywhere in numpy

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from scanloom.scans.functional_groups import FrameHeader
-from scanloom.scans.image import Geometry
+from scanloom.scans.image import Geometry, Pixels
 
 # PS3.3 C.7.6.1.1.1, for people: left, right, anterior, posterior, foot, head. Anything else is free text.
 _OPPOSITES = ("LR", "AP", "FH")
+_MOST_STRETCHED = 4.0
 # A direction within 5 degrees of an axis is named by that axis alone.
 _SMALLEST_PART = 0.087
 
@@ -42,6 +44,23 @@ def spacing(header: FrameHeader) -> tuple[float, float] | None:
         magnified = factor[0] if len(factor) == 1 and factor[0] >= 1.0 else 1.0
         return of_detector[0] / magnified, of_detector[1] / magnified
     return _positive(header.numbers("NominalScannedPixelSpacing"))
+
+
+def with_square_pixels(pixels: Pixels, header: FrameHeader) -> Pixels:
+    """Stretched along one axis where PixelAspectRatio, height to width, is all that is known of the pixels' size.
+
+    Where there is a spacing, it says the same and the pixels are left as they are.
+    """
+    ratio = _positive(header.numbers("PixelAspectRatio"))
+    if ratio is None or spacing(header) is not None:
+        return pixels
+    taller = ratio[0] / ratio[1]
+    if not 1 / _MOST_STRETCHED <= taller <= _MOST_STRETCHED or abs(taller - 1) < 0.01:
+        return pixels
+    rows, columns = pixels.shape
+    size = (columns, round(rows * taller)) if taller > 1 else (round(columns / taller), rows)
+    stretched = np.asarray(Image.fromarray(pixels.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    return np.asarray(np.rint(stretched), dtype=pixels.dtype)
 
 
 def _positive(values: Sequence[float]) -> tuple[float, float] | None:
