@@ -124,7 +124,7 @@ def _value(dataset: Dataset, keyword: str) -> Any:
     tag = _tag(keyword)
     if tag not in dataset:
         return None
-    element = dataset.get_item(tag)
+    element = dataset.get_item(tag, keep_deferred=True)
     if isinstance(element, RawDataElement):
         if element.length > _LONGEST_VALUE and not keyword.endswith("Sequence"):
             raise reject("too-large", keyword)
