@@ -33,12 +33,6 @@ PLACES: tuple[Place, ...] = ("top-left", "top-right", "bottom-left", "bottom-rig
 INKS: tuple[Ink, ...] = ("white", "black", "boxed", "gray")
 DEJAVU = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "cmss10", "STIXGeneral")
 
-# Strokes of plotted letters on a grid 4 wide and 6 high, y up; pen lifts between the groups.
-_PLOTTED = {
-    "0": "04 02 11 31 42 44 35 15 04",
-    "A": "00 36 60 12 52",
-}
-
 
 @dataclass(frozen=True)
 class Burned:
@@ -75,8 +69,8 @@ def line_image(text: str, font: str, cap_px: int) -> Gray:
 
 
 def _enlarged(mask: Gray, cap_px: int) -> Gray:
-    """Pixel fonts grow by whole factors; the capitals of Pillow's are 8 px high."""
-    factor = max(1, round(cap_px / 8))
+    """Pixel fonts grow by whole factors; the capitals of Pillow's are 6 px high."""
+    factor = -(-cap_px // 6)
     return np.kron(mask, np.ones((factor, factor), dtype=np.uint8))
 
 

@@ -9,7 +9,7 @@ measured as a glyph. One or two glyphs alone are a side marker and no text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ Gray = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Whole = npt.NDArray[np.int64]
+Signed = npt.NDArray[np.int16]
+Labels = npt.NDArray[np.int32]
 Window = tuple[int, int, int, int]
 """Top, left, bottom, right in cells."""
 
@@ -51,23 +53,25 @@ class TextLine:
 
 @dataclass(frozen=True)
 class _Glyphs:
-    """Boxes of glyph-like components, N each: first and past-the-end row and column, and their peak value."""
+    """Boxes of glyph-like components, N each: first and past-the-end row and column, and the highest value in them."""
 
     top: Whole
     left: Whole
     bottom: Whole
     right: Whole
     ink: Floats
+    stroke: Floats
+    """Mean width of the strokes."""
 
     def __len__(self) -> int:
         return len(self.top)
 
     def at(self, which: npt.NDArray[Any]) -> _Glyphs:
-        return _Glyphs(self.top[which], self.left[which], self.bottom[which], self.right[which], self.ink[which])
+        return _Glyphs(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def turned(self) -> _Glyphs:
         """Rows and columns exchanged."""
-        return _Glyphs(self.left, self.top, self.right, self.bottom, self.ink)
+        return _Glyphs(self.left, self.top, self.right, self.bottom, self.ink, self.stroke)
 
 
 def text_lines(pixels: Pixels) -> tuple[TextLine, ...]:
@@ -80,6 +84,7 @@ def text_lines(pixels: Pixels) -> tuple[TextLine, ...]:
     found = {
         line
         for window in _windows(low, high, floor)
+        if _is_busy(gray, window, floor)
         for glyphs in _glyphs(gray, low, high, window, floor)
         for line in _lines(glyphs)
     }
@@ -96,10 +101,15 @@ def _eight_bits(pixels: npt.NDArray[Any]) -> Gray:
 
 
 def _block_extremes(gray: Gray) -> tuple[Gray, Gray]:
-    """Lowest and highest value of each whole 4x4 block."""
+    """Lowest and highest value of each whole 4x4 block and of the row and column after it."""
     rows, columns = (side // BLOCK for side in gray.shape)
     bands = gray[: rows * BLOCK, : columns * BLOCK].reshape(rows, BLOCK, columns * BLOCK)
     low, high = bands.min(axis=1), bands.max(axis=1)
+    # Edges of enlarged pixel fonts may fall between the blocks everywhere.
+    low[:-1], high[:-1] = np.minimum(low[:-1], bands[1:, 0]), np.maximum(high[:-1], bands[1:, 0])
+    ends, starts = slice(BLOCK - 1, -1, BLOCK), slice(BLOCK, None, BLOCK)
+    low[:, ends] = np.minimum(low[:, ends], low[:, starts])
+    high[:, ends] = np.maximum(high[:, ends], high[:, starts])
     for _ in range(2):
         low, high = np.minimum(low[:, ::2], low[:, 1::2]), np.maximum(high[:, ::2], high[:, 1::2])
     return low, high
@@ -148,6 +158,19 @@ def _split(cells: Mask, top: int, left: int) -> Iterator[Window]:
         yield from _split(cells[:, width // 2 :], top, left + width // 2)
 
 
+def _is_busy(gray: Gray, window: Window, floor: int) -> bool:
+    """Whether rows or columns through the window rise as often as they do through a line of text."""
+    top, left, bottom, right = (CELL * edge for edge in window)
+    part = gray[max(0, top - CELL) : bottom + CELL, max(0, left - CELL) : right + CELL]
+    return _is_crossed(part[::3], floor) or _is_crossed(part[:, ::3].T, floor)
+
+
+def _is_crossed(rows: Gray, floor: int) -> bool:
+    steps = rows[:, 2:] > np.minimum(rows[:, :-2], 255 - floor * 3 // 4) + np.uint8(floor * 3 // 4)
+    rises = np.count_nonzero(steps[:, 1:] & ~steps[:, :-1], axis=1)
+    return np.count_nonzero(rises >= LEAST_GLYPHS) >= 2
+
+
 # --- glyphs ---------------------------------------------------------------------------------------------------
 
 
@@ -170,38 +193,42 @@ def _glyphs(gray: Gray, low: Gray, high: Gray, window: Window, floor: int) -> It
         yield _measured(sign * part, mask, spread, (top, left))
 
 
-def _measured(
-    part: npt.NDArray[np.int16], mask: Mask, spread: npt.NDArray[np.int16], corner: tuple[int, int]
-) -> _Glyphs:
+def _measured(part: Signed, mask: Mask, spread: Signed, corner: tuple[int, int]) -> _Glyphs:
+    """The glyph-like ones of the mask's components; `part` is bright where ink is, `spread` the local contrast."""
     labels, count = ndimage.label(mask, _EIGHT)
     boxes = _boxes(labels)
+    sides = boxes[:, 2:] - boxes[:, :2]
     area = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    starts = mask[:, 2:-1] & ~mask[:, 1:-2]
-    row, column = np.nonzero(starts)
-    owner = labels[row, column + 2] - 1
-    inside = np.maximum(part[row, column + 2], part[row, column + 3])
-    rise = (inside - np.minimum(part[row, column], part[row, column + 1])) / spread[row, column + 2]
-    runs = np.maximum(np.bincount(owner, minlength=count), 1)
-    steepness = np.bincount(owner, weights=rise, minlength=count) / runs
-    stroke = area / runs
+    down, fall = _edges(part.T, mask.T, spread.T, labels.T, count)
+    across, rise = _edges(part, mask, spread, labels, count)
+    stroke = area / np.maximum(np.maximum(down, across), 1)
+    longer, shorter = sides.max(axis=1), sides.min(axis=1)
     fits = (
-        (height >= HEIGHT_PX[0])
-        & (height <= HEIGHT_PX[1])
-        & (width <= 4 * height)
-        & (height <= 14 * width)
-        & (stroke <= 0.5 * height)
-        & (area >= 0.12 * height * width)
-        & (steepness >= 0.5)
+        (longer >= HEIGHT_PX[0])
+        & (shorter <= HEIGHT_PX[1])
+        & (longer <= 14 * shorter)
+        & (stroke <= 0.5 * longer)
+        & (area >= 0.12 * longer * shorter)
+        & (fall + rise >= 0.5 * (down + across))
     )
     which = np.flatnonzero(fits)
     ink = ndimage.maximum(part, labels, which + 1) if len(which) else np.zeros(0)
-    top, left = corner
-    kept = boxes[which] + np.asarray([top, left, top, left])
-    return _Glyphs(kept[:, 0], kept[:, 1], kept[:, 2], kept[:, 3], np.asarray(ink, dtype=np.float64))
+    kept = boxes[which] + np.asarray(corner + corner)
+    return _Glyphs(*kept.T, np.asarray(ink, dtype=np.float64), stroke[which])
 
 
-def _boxes(labels: npt.NDArray[np.int32]) -> Whole:
+def _edges(part: Signed, mask: Mask, spread: Signed, labels: Labels, count: int) -> tuple[Whole, Floats]:
+    """Per component, along the rows: how many strokes begin, and the sum of their steep rises in parts of the contrast."""
+    row, column = np.nonzero(mask[:, 2:-1] & ~mask[:, 1:-2])
+    owner = labels[row, column + 2] - 1
+    inside = np.maximum(part[row, column + 2], part[row, column + 3])
+    outside = np.minimum(part[row, column], part[row, column + 1])
+    rise = (inside - outside) / spread[row, column + 2]
+    begun = np.bincount(owner, minlength=count)
+    return begun, np.bincount(owner, weights=rise, minlength=count)
+
+
+def _boxes(labels: Labels) -> Whole:
     found = ndimage.find_objects(labels)
     boxes = [(b[0].start, b[1].start, b[0].stop, b[1].stop) for b in found if b is not None]
     return np.asarray(boxes, dtype=np.int64).reshape(-1, 4)
@@ -221,8 +248,11 @@ def _lines(glyphs: _Glyphs) -> Iterator[TextLine]:
 
 
 def _rows(glyphs: _Glyphs) -> Iterator[TextLine]:
-    order = np.argsort(glyphs.left, kind="stable")
-    glyphs = glyphs.at(order)
+    height, width = glyphs.bottom - glyphs.top, glyphs.right - glyphs.left
+    # Glyphs that touch are one component.
+    narrow = (width <= 4 * height) | ((width <= 14 * height) & (glyphs.stroke <= 0.4 * height))
+    standing = np.flatnonzero((height >= HEIGHT_PX[0]) & (height <= HEIGHT_PX[1]) & narrow)
+    glyphs = glyphs.at(standing[np.argsort(glyphs.left[standing], kind="stable")])
     first, second = _neighbours(glyphs)
     links = coo_array((np.ones(len(first)), (first, second)), shape=(len(glyphs), len(glyphs)))
     groups, member = connected_components(links, directed=False)
