@@ -39,7 +39,7 @@ _LONGEST_VALUE = 256 << 10
 class FrameHeader:
     """The values of one frame's attributes by keyword, each None where it is absent, empty or no such value.
 
-    Values are read from copies of pydicom's elements; nothing of them may reach a message.
+    Nothing of the values may reach a message.
     """
 
     def __init__(self, dataset: Dataset, frame: int = 0) -> None:
@@ -52,7 +52,7 @@ class FrameHeader:
         return ">" if self._top.original_encoding[1] is False else "<"
 
     def value(self, keyword: str) -> Any:
-        """The value, numbers and texts as Python's own; None also where it cannot be read. Raises ScanError too-large."""
+        """The value, numbers and texts as Python's own; None also for what cannot be read. Raises ScanError too-large."""
         for level in self._levels(keyword):
             found = _value(level, keyword)
             if found is not None:

@@ -87,7 +87,7 @@ Voi = Ramp | Sigmoid | VoiLut
 
 @dataclass(frozen=True)
 class Grayscale:
-    """What a header says of its values; `vois` are its VOI LUTs and windows, each with the name a Rendering gives it.
+    """What a header says of its values, and how it wants them shown: its VOI LUT and its windows, in its order.
 
     `padding` are the smallest and largest stored value that stand for no patient; such pixels become black.
     """

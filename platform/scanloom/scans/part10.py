@@ -221,22 +221,22 @@ def _mended(dataset: Dataset, syntax: uid.UID, rules: Decode, cut: bool) -> bool
     """Fill up native pixel data that is a little short. Raises ScanError truncated for other cuts."""
     keyword = pixel_element(dataset)
     element = dataset.get_item(keyword, keep_deferred=True) if keyword else None
-    if cut and not (element is not None and _is_cut(element) and rules.repair and syntax in NATIVE):
-        raise reject("truncated", keyword if element is not None and _is_cut(element) else "")
-    if element is None or syntax not in NATIVE or not rules.repair or not isinstance(element.value, bytes):
-        return False
+    cut_pixels = cut and element is not None and _is_cut(element)
+    if cut and not cut_pixels:
+        raise reject("truncated")
+    needed = _native_bytes(dataset) if syntax in NATIVE and rules.repair else 0
+    missing = needed - len(element.value) if element is not None and isinstance(element.value, bytes) else needed
+    mendable = element is not None and needed > 0 and missing * 100 <= needed
+    if cut_pixels and not mendable:
+        raise reject("truncated", keyword)
+    if element is not None and mendable and missing > 0:
+        dataset.add_new(element.tag, element.VR or "OW", element.value + bytes(missing))
+    return mendable and (cut_pixels or missing > 0)
+
+
+def _native_bytes(dataset: Dataset) -> int:
+    """What native pixel data needs; 0 where the header does not say."""
     try:
-        needed = image_pixel(dataset).native_bytes
+        return image_pixel(dataset).native_bytes
     except ScanError:
-        if cut:
-            raise reject("truncated", keyword) from None
-        return False
-    missing = needed - len(element.value)
-    if missing * 100 > needed:
-        if cut:
-            raise reject("truncated", keyword)
-        return False
-    if missing <= 0:
-        return cut
-    dataset.add_new(element.tag, element.VR or "OW", element.value + bytes(missing))
-    return True
+        return 0
