@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import imagecodecs
@@ -19,7 +20,7 @@ from pydicom.encaps import encapsulate, encapsulate_extended
 from scanloom.recipe import Decode
 from scanloom.scans.codestream import jpeg2000_header, jpeg_header, jpegxl_header
 from scanloom.scans.decode import read_instance, stored_frames
-from scanloom.scans.transfer_syntax import DECODERS
+from scanloom.scans.transfer_syntax import DECODERS, NATIVE
 from tests.decoded import refusal, stored
 from tests.made_dicom import LOSSLESS, dataset, file, radiograph, wrapped, written
 
@@ -285,6 +286,15 @@ def test_every_image_syntax_that_pydicom_decodes_is_decoded() -> None:
     from pydicom.pixels.decoders import base
 
     assert {str(value) for value in base._PIXEL_DATA_DECODERS} - {*DECODERS, *uid.UncompressedTransferSyntaxes} == set()
+
+
+def test_the_document_names_every_syntax_that_is_decoded() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "decoding.md").read_text("utf-8")
+    cells = [
+        cell.strip() for line in document.splitlines() for column in line.split("|")[2:3] for cell in column.split(",")
+    ]
+    named = {f"1.2.840.10008.1.2{cell}" for cell in cells if cell.startswith(".")} | {"1.2.840.10008.1.2"}
+    assert named == {str(syntax) for syntax in (*DECODERS, *NATIVE)}
 
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.102", "1.2.840.10008.1.2.4.107"])

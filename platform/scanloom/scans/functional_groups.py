@@ -52,7 +52,7 @@ class FrameHeader:
         return ">" if self._top.original_encoding[1] is False else "<"
 
     def value(self, keyword: str) -> Any:
-        """The value, numbers and texts as Python's own; None also for what cannot be read. Raises ScanError too-large."""
+        """The value as Python's own numbers and texts; None also for what is unreadable. Raises ScanError too-large."""
         for level in self._levels(keyword):
             found = _value(level, keyword)
             if found is not None:
