@@ -193,10 +193,10 @@ def test_a_source_that_has_to_be_read_is_surveyed_too() -> None:
 
 
 def test_a_pacs_is_surveyed_by_the_headers_of_its_instances() -> None:
-    uids = [
-        {"StudyInstanceUID": f"{UID_ROOT}6.{n // 2}", "SeriesInstanceUID": f"{UID_ROOT}7.{n // 2}"} for n in range(6)
-    ]
-    contents = [file(PatientID=f"P{n}", Modality="DX", **uids[n]) for n in range(6)]
+    def series(number: int) -> dict[str, Any]:
+        return {"StudyInstanceUID": f"{UID_ROOT}6.{number}", "SeriesInstanceUID": f"{UID_ROOT}7.{number}"}
+
+    contents = [file(PatientID=f"P{n}", Modality="DX", **series(n // 2)) for n in range(6)]
     with DicomWebServer([*contents, file(PatientID="")]) as server:
         found = recognise(server.url)
         look = Look(found.source, found.schema, Decode(), KEY.encode(), most_files=5)

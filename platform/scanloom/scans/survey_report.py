@@ -50,6 +50,7 @@ def report(survey: Survey, look: Look, columns: Sequence[Column], listed: int) -
         "attributes": [_attribute(declaration, survey, look) for declaration in look.schema.declarations],
         "joint": _joint(survey, look),
         "quarantine": _quarantine(survey),
+        "duplicates_counted": survey.instances.exact,
         "columns": [_column(column) for column in columns],
     }
 
@@ -159,6 +160,8 @@ def remarks(found: Report, look: Look) -> Iterator[str]:
         yield f"only the first {look.most_files:,} of {listed:,} files were looked at"
     if seen and not found["pixels_decoded"]:
         yield "no pixels were decoded: damaged and blank images show only with --decode, or in prepare"
+    if not found["duplicates_counted"]:
+        yield "with so many scans duplicates are not looked for; prepare finds them"
     counts = found["headers"].get("photometric interpretation", {})
     colour = sum(counts.get(name, 0) for name in _COLOURS)
     if colour and look.decode.colour == "refuse":
