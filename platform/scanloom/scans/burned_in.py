@@ -35,6 +35,9 @@ CELL = 16
 LEAST_CONTRAST = 40
 """Of 255: fainter writing is not looked for."""
 LEAST_GLYPHS = 4
+LEAST_PARTS = 3
+"""Components of a line; glyphs that touch are one."""
+MOST_TOGETHER = 600
 HEIGHT_PX = (5, 90)
 """Of a glyph: from x-height of the smallest letters to a descending capital of the largest."""
 _EIGHT = np.ones((3, 3), dtype=np.int8)
@@ -88,7 +91,7 @@ def text_lines(pixels: Pixels) -> tuple[TextLine, ...]:
         for glyphs in _glyphs(gray, low, high, window, floor)
         for line in _lines(glyphs)
     }
-    return tuple(sorted(found, key=lambda line: (line.top, line.left, line.height, line.width)))
+    return _joined(sorted(found, key=lambda line: (line.top, line.left, line.height, line.width)))
 
 
 def _eight_bits(pixels: npt.NDArray[Any]) -> Gray:
@@ -168,7 +171,7 @@ def _is_busy(gray: Gray, window: Window, floor: int) -> bool:
 def _is_crossed(rows: Gray, floor: int) -> bool:
     steps = rows[:, 2:] > np.minimum(rows[:, :-2], 255 - floor * 3 // 4) + np.uint8(floor * 3 // 4)
     rises = np.count_nonzero(steps[:, 1:] & ~steps[:, :-1], axis=1)
-    return np.count_nonzero(rises >= LEAST_GLYPHS) >= 2
+    return bool(np.count_nonzero(rises >= LEAST_GLYPHS) >= 2)
 
 
 # --- glyphs ---------------------------------------------------------------------------------------------------
@@ -214,18 +217,19 @@ def _measured(part: Signed, mask: Mask, spread: Signed, corner: tuple[int, int])
     which = np.flatnonzero(fits)
     ink = ndimage.maximum(part, labels, which + 1) if len(which) else np.zeros(0)
     kept = boxes[which] + np.asarray(corner + corner)
-    return _Glyphs(*kept.T, np.asarray(ink, dtype=np.float64), stroke[which])
+    top, left, bottom, right = kept.T
+    return _Glyphs(top, left, bottom, right, np.asarray(ink, dtype=np.float64), stroke[which])
 
 
 def _edges(part: Signed, mask: Mask, spread: Signed, labels: Labels, count: int) -> tuple[Whole, Floats]:
-    """Per component, along the rows: how many strokes begin, and the sum of their steep rises in parts of the contrast."""
+    """Per component, along the rows: how many strokes begin, and the sum of their rises in parts of the contrast."""
     row, column = np.nonzero(mask[:, 2:-1] & ~mask[:, 1:-2])
     owner = labels[row, column + 2] - 1
     inside = np.maximum(part[row, column + 2], part[row, column + 3])
     outside = np.minimum(part[row, column], part[row, column + 1])
     rise = (inside - outside) / spread[row, column + 2]
-    begun = np.bincount(owner, minlength=count)
-    return begun, np.bincount(owner, weights=rise, minlength=count)
+    begun = np.bincount(owner, minlength=count).astype(np.int64)
+    return begun, np.bincount(owner, weights=rise, minlength=count).astype(np.float64)
 
 
 def _boxes(labels: Labels) -> Whole:
@@ -239,26 +243,29 @@ def _boxes(labels: Labels) -> Whole:
 
 def _lines(glyphs: _Glyphs) -> Iterator[TextLine]:
     """Lines of text among the glyphs of one window and polarity, lying and upright."""
-    if len(glyphs) < 3:
+    if len(glyphs) < LEAST_PARTS:
         return
-    for line in _rows(glyphs):
-        yield line
+    yield from _rows(glyphs)
     for line in _rows(glyphs.turned()):
         yield TextLine(line.left, line.top, line.width, line.height, line.glyphs)
 
 
 def _rows(glyphs: _Glyphs) -> Iterator[TextLine]:
+    """Lying lines among the glyphs; where there are very many, among those of the upper and the lower half."""
+    if len(glyphs) > MOST_TOGETHER:
+        order = np.argsort(glyphs.top, kind="stable")
+        for half in np.array_split(order, 2):
+            yield from _rows(glyphs.at(half))
+        return
     height, width = glyphs.bottom - glyphs.top, glyphs.right - glyphs.left
     # Glyphs that touch are one component.
-    narrow = (width <= 4 * height) | ((width <= 14 * height) & (glyphs.stroke <= 0.4 * height))
-    standing = np.flatnonzero((height >= HEIGHT_PX[0]) & (height <= HEIGHT_PX[1]) & narrow)
-    glyphs = glyphs.at(standing[np.argsort(glyphs.left[standing], kind="stable")])
-    first, second = _neighbours(glyphs)
-    links = coo_array((np.ones(len(first)), (first, second)), shape=(len(glyphs), len(glyphs)))
+    narrow = (width <= 4 * height) | ((width <= 14 * height) & (glyphs.stroke <= 0.5 * height))
+    standing = glyphs.at(np.flatnonzero((height >= HEIGHT_PX[0]) & (height <= HEIGHT_PX[1]) & narrow))
+    first, second = _neighbours(standing)
+    links = coo_array((np.ones(len(first)), (first, second)), shape=(len(standing), len(standing)))
     groups, member = connected_components(links, directed=False)
-    sizes = np.bincount(member, minlength=groups)
-    for group in np.flatnonzero(sizes >= 3):
-        line = _line(glyphs.at(np.flatnonzero(member == group)))
+    for group in np.flatnonzero(np.bincount(member, minlength=groups) >= LEAST_PARTS):
+        line = _line(standing.at(np.flatnonzero(member == group)))
         if line is not None:
             yield line
 
@@ -283,13 +290,45 @@ def _neighbours(glyphs: _Glyphs) -> tuple[Whole, Whole]:
 
 
 def _line(glyphs: _Glyphs) -> TextLine | None:
+    """The line of neighbouring glyphs; None unless most stand on one base line and all are of one ink."""
     height, width = glyphs.bottom - glyphs.top, glyphs.right - glyphs.left
     size = float(np.percentile(height, 75))
     slack = max(1.0, 0.1 * size)
     standing = np.abs(glyphs.bottom - np.median(glyphs.bottom)) <= slack
     count = int(np.maximum(1, np.rint(width / (0.9 * size))).sum())
     even = np.std(glyphs.ink) <= 0.15 * 255
-    if count < LEAST_GLYPHS or standing.sum() < max(3, 0.6 * len(glyphs)) or not even:
+    if count < LEAST_GLYPHS or standing.sum() < max(LEAST_PARTS, 0.6 * len(glyphs)) or not even:
         return None
     top, left = int(glyphs.top.min()), int(glyphs.left.min())
     return TextLine(top, left, int(glyphs.bottom.max()) - top, int(glyphs.right.max()) - left, count)
+
+
+def _joined(lines: list[TextLine]) -> tuple[TextLine, ...]:
+    """The lines without those that two windows both saw parts of: overlapping boxes become one."""
+    joined: list[TextLine] = []
+    for line in lines:
+        for place, other in enumerate(joined):
+            if _overlap(line, other):
+                joined[place] = _union(line, other)
+                break
+        else:
+            joined.append(line)
+    return tuple(joined)
+
+
+def _overlap(one: TextLine, other: TextLine) -> bool:
+    return (
+        one.top < other.top + other.height
+        and other.top < one.top + one.height
+        and one.left < other.left + other.width
+        and other.left < one.left + one.width
+    )
+
+
+def _union(one: TextLine, other: TextLine) -> TextLine:
+    top, left = min(one.top, other.top), min(one.left, other.left)
+    height = max(one.top + one.height, other.top + other.height) - top
+    width = max(one.left + one.width, other.left + other.width) - left
+    longest = max(one.height, one.width) + max(other.height, other.width)
+    glyphs = round((one.glyphs + other.glyphs) * max(height, width) / longest)
+    return TextLine(top, left, height, width, max(one.glyphs, other.glyphs, glyphs))
