@@ -178,6 +178,14 @@ def test_the_joint_table_has_every_scan_once_a_finding(tmp_path: Path) -> None:
     assert table.rows[0][:2] == ["Effusion", "F"]
 
 
+def test_a_group_that_nobody_is_of_stands_in_the_joint_table_too(tmp_path: Path) -> None:
+    for number, (sex, finding) in enumerate([("F", "Mass"), ("M", "Effusion")]):
+        (tmp_path / f"{number}").write_bytes(file(PatientID=f"P{number}", PatientSex=sex, ImageComments=finding))
+    (table,) = [table for table in tables(_report(_look(tmp_path))) if table.title.startswith("scans by")]
+    groups = [("Effusion", "F", "-"), ("Effusion", "M", "few"), ("Mass", "F", "few"), ("Mass", "M", "-")]
+    assert [tuple(row) for row in table.rows] == groups
+
+
 @pytest.mark.parametrize(
     ("years", "cap", "text"), [(0.5, 90, "0-9"), (39.99, 90, "30-39"), (90, 90, "90+"), (95, None, "90-99")]
 )

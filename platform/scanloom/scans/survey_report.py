@@ -7,6 +7,7 @@ show them (scans.table_profile), of DICOM headers those of code strings alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -225,13 +226,14 @@ def _attribute_row(attribute: Mapping[str, Any]) -> tuple[str, str, str, str]:
 
 
 def _joint_table(joint: Mapping[str, Any]) -> Table:
-    """Rows by finding and sex, columns by age; without ages a single column."""
+    """Rows by finding and sex, columns by age; also of those that nobody is of."""
     names = list(joint["of"])
     cells = joint["cells"]
     last = names[-1]
     across = sorted({cell[last] for cell in cells}, key=lambda text: (_first(text), text))
     counts = {tuple(cell[name] for name in names): cell["scans"] for cell in cells}
-    keys = sorted({key[:-1] for key in counts}, key=lambda key: [(part == UNKNOWN, part) for part in key])
+    seen = [sorted({cell[name] for cell in cells}, key=lambda text: (text == UNKNOWN, text)) for name in names[:-1]]
+    keys = itertools.product(*seen)
     rows = [
         [*key, *(_shown(counts[(*key, column)]) if (*key, column) in counts else "-" for column in across)]
         for key in keys
