@@ -211,9 +211,8 @@ def test_a_pacs_is_surveyed_by_the_headers_of_its_instances() -> None:
         told = _report(look)
         assert (told["scans"], told["headers"]["modality"]["DX"], told["pixels_decoded"]) == (6, 6, False)
         assert told["quarantine"] == {"no-patient-id": 1}
-        units = _units(look)
-        (first, *_) = survey_unit(units[0], look).examples
-        (picture,) = pictures(units[0], [first], look)
+        (first, *_) = _survey(look).examples
+        (picture,) = pictures(_units(look)[first.unit], [first], look)
         assert picture.pixels.shape == (PICTURE_PX, PICTURE_PX)
 
 
