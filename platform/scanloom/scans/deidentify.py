@@ -50,6 +50,10 @@ _PIXEL_MODULE = frozenset(
         "RedPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableDescriptor",
         "BluePaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData",
         "GreenPaletteColorLookupTableData", "BluePaletteColorLookupTableData",
+        "SegmentedRedPaletteColorLookupTableData", "SegmentedGreenPaletteColorLookupTableData",
+        "SegmentedBluePaletteColorLookupTableData", "EstimatedRadiographicMagnificationFactor",
+        "FloatPixelPaddingValue", "FloatPixelPaddingRangeLimit", "DoubleFloatPixelPaddingValue",
+        "DoubleFloatPixelPaddingRangeLimit", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
         "PresentationIntentType", "SOPClassUID", "Modality", "BurnedInAnnotation", "RecognizableVisualFeatures",
     }
 )  # fmt: skip
