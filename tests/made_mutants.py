@@ -50,8 +50,8 @@ def dicom_seeds() -> dict[str, bytes]:
         warnings.simplefilter("ignore")
         made = {name: made_file(radiograph(), syntax, bits_stored=12) for name, syntax in LOSSLESS.items()}
         made |= dict(_codestream_seeds()) | dict(_native_seeds())
-    for path in sorted(_BUNDLED.rglob("*")):
-        if path.suffix in ("", ".dcm") and path.is_file() and path.stat().st_size < 20_000 and "IM0" not in path.name:
+    for path in sorted(_BUNDLED.glob("*.dcm")):
+        if path.stat().st_size < 20_000:
             # Secondary captures that are silent about text would be refused before they are decoded.
             made[path.name] = replaced(path.read_bytes(), 0x00280301, b"CS", b"NO")
     return made
@@ -374,6 +374,15 @@ def element(tag: int, vr: bytes, value: bytes) -> bytes:
     return head + struct.pack("<H", len(value)) + value
 
 
+def retype(data: bytes, chance: random.Random) -> bytes:
+    """An element of another type, with a value too short for most."""
+    known = elements(data)
+    if not known:
+        return flip_head(data, chance)
+    value = chance.choice([b"", b"", b"\0", b"abc", b"12", b"\xfe\xff\x00\xe0\0\0\0\0"])
+    return replaced(data, chance.choice(known).tag, chance.choice([*_VRS, b"??", b"\0\0"]), value)
+
+
 def swap_syntax(data: bytes, chance: random.Random) -> bytes:
     return with_syntax(data, chance.choice(_SYNTAXES))
 
@@ -398,17 +407,8 @@ def nest(data: bytes, chance: random.Random) -> bytes:
 
 _BLIND: list[Damage] = [flip, flip, flip_head, flip_head, cut, splice, overwrite, overwrite]
 _AIMED: list[Damage] = [
-    codestream,
-    codestream,
-    codestream,
-    codestream,
-    lie_about_length,
-    lie_about_vr,
-    lie,
-    lie,
-    lie,
-    swap_syntax,
-    nest,
+    *(codestream, codestream, codestream, codestream, lie_about_length, lie_about_vr, lie, lie, lie, retype, retype),
+    *(swap_syntax, nest),
 ]
 
 

@@ -17,9 +17,11 @@ from scanloom.attributes import AttributeSchema
 from scanloom.errors import ScanError
 from scanloom.recipe import CategoryAttribute, Decode, LabelsAttribute, NumberAttribute
 from scanloom.scans.archive import read_archive
+from scanloom.scans.burned_in import text_lines
 from scanloom.scans.decode import file_image
 from scanloom.scans.deidentify import Pseudonyms
 from scanloom.scans.dicom_objects import dicom_scans
+from scanloom.scans.fingerprint import fingerprint
 from scanloom.scans.image import ScanImage
 from scanloom.scans.quarantine import CODES
 from scanloom.scans.resize import fit
@@ -168,7 +170,9 @@ def _code(result: ScanImage | ScanError) -> str:
     if isinstance(result, ScanError):
         assert result.code in CODES
         return result.code
+    assert len(text_lines(result.pixels)) >= 0
     fitted = fit(result, 64, "letterbox")
     assert fitted.pixels.shape == (64, 64)
+    assert len(fingerprint(fitted.pixels)) == 32
     assert fitted.pixels.dtype in ("uint8", "uint16")
     return "scan"
