@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,34 @@ def test_every_file_is_refused_for_the_reason_that_a_corpus_would_have(tmp_path:
         ]
         assert seen == read
     assert [len(unit.files) for unit in units] == [1, 9]
+
+
+def test_a_damaged_file_is_told_as_a_corpus_tells_it_unless_only_its_pixels_show_it(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    sound = [file(radiograph(8, (48, 40)), syntax) for syntax in LOSSLESS.values()]
+    members: dict[str, bytes] = {}
+    for number in range(600):
+        content = bytearray(sound[number % len(sound)])
+        for _ in range(chance.choice([1, 1, 2, 5])):
+            place = chance.randrange(len(content))
+            if chance.random() < 0.7:
+                content[place] = chance.randrange(256)
+            else:
+                del content[place : place + chance.randrange(1, 30)]
+        members[str(number)] = bytes(content)
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    source = DicomSource(uri=str(tmp_path))
+    (unit,) = cut(list_files(source, SCHEMA), 256, 0)
+    seen = [glimpse.refused for glimpse in glimpses(source, unit, CONTEXT)]
+    read = [
+        found.code if isinstance(found, ScanError) else ""
+        for _, frame, found in read_unit(source, unit, CONTEXT)
+        if not frame
+    ]
+    differ = [(told, found) for told, found in zip(seen, read, strict=True) if told != found]
+    assert {told for told, _ in differ} <= {""}
+    assert {found for _, found in differ} <= {"undecodable-pixels", "blank-image"}
+    assert len(set(read)) > 5
 
 
 def test_headers_are_told_in_the_words_of_the_standard_or_not_at_all(tmp_path: Path) -> None:

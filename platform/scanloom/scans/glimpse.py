@@ -31,7 +31,7 @@ from scanloom.scans.quarantine import reject
 from scanloom.scans.ranged import RangedFile
 from scanloom.scans.scan import Context, Scan, SourceFile
 from scanloom.scans.sources import read_unit
-from scanloom.scans.transfer_syntax import DECODERS, NATIVE
+from scanloom.scans.transfer_syntax import DECODERS, NATIVE, PixelSource
 from scanloom.scans.units import Unit
 from scanloom.store import Store
 
@@ -60,6 +60,7 @@ _PHOTOMETRIC = frozenset(
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _PIXEL_VRS = (b"OB", b"OW", b"OF", b"OD", b"UN")
 _UNDEFINED = 0xFFFFFFFF
+_LARGEST_SIDE = 0xFFFF
 _MODE_BITS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}
 _GRAY_MODES = frozenset({"1", "L", "LA", *_MODE_BITS})
 
@@ -86,7 +87,7 @@ def glimpses(source: Source, unit: Unit, context: Context) -> Iterator[Glimpse]:
     """Every object of the unit, in order. Raises StoreError where the source cannot be read."""
     match source:
         case DicomSource() | DicomWebSource():
-            return (_of_dicom(member, content, context) for member, content in _dicom_files(source, unit))
+            return _dicom_glimpses(source, unit, context)
         case ImageFolderSource():
             return (_of_image(Store(source.uri), n, file, context) for n, file in enumerate(unit.files))
         case _:
@@ -140,14 +141,19 @@ def unnamed(schema: AttributeSchema, texts: Mapping[str, str]) -> dict[str, tupl
 # --- DICOM ----------------------------------------------------------------------------------------------------
 
 
-def _dicom_files(source: DicomSource | DicomWebSource, unit: Unit) -> Iterator[tuple[int, bytes | ScanError]]:
+def _dicom_glimpses(source: DicomSource | DicomWebSource, unit: Unit, context: Context) -> Iterator[Glimpse]:
     if unit.files[0].alone:
-        return whole_files(source, unit.files[0])
+        for member, content in whole_files(source, unit.files[0]):
+            yield _of_dicom(member, content, context)
+        return
     store = Store(source.uri)
-    return ((member, _header(store, file)) for member, file in enumerate(unit.files))
+    for member, file in enumerate(unit.files):
+        content = _header(store, file)
+        short = isinstance(content, bytes) and len(content) < file.bytes
+        yield _of_dicom(member, content, context, short=short)
 
 
-def _of_dicom(member: int, content: bytes | ScanError, context: Context) -> Glimpse:
+def _of_dicom(member: int, content: bytes | ScanError, context: Context, *, short: bool = False) -> Glimpse:
     try:
         if isinstance(content, ScanError):
             raise content
@@ -159,11 +165,14 @@ def _of_dicom(member: int, content: bytes | ScanError, context: Context) -> Glim
         require_image(instance)
         require_shareable_pixels(instance.dataset)
         subject = subject_of_header(instance.dataset, context.schema, context.pseudonyms)
-        if instance.syntax not in NATIVE and instance.syntax not in DECODERS:
+        texts = {name: _text(instance, name) for name in (d.source or d.name for d in context.schema.declarations)}
+        if not short:
+            # Tells the frames apart and decodes none.
+            PixelSource(instance.dataset, instance.syntax, instance.pixel)
+        elif instance.syntax not in NATIVE and instance.syntax not in DECODERS:
             raise reject("unsupported-syntax", "TransferSyntaxUID")
     except ScanError as error:
         return Glimpse(member, terms=terms, shape=shape, refused=error.code)
-    texts = {name: _text(instance, name) for name in (d.source or d.name for d in context.schema.declarations)}
     return Glimpse(
         member, frames=instance.frames, terms=terms, shape=shape, subject=subject,
         withheld=unnamed(context.schema, texts),
@@ -207,21 +216,22 @@ def _at_pixels(tag: BaseTag, vr: str | None, length: int) -> bool:
 
 
 def _terms(instance: Instance) -> tuple[dict[str, str], tuple[int, int] | None]:
-    header = FrameHeader(instance.dataset)
-    terms = {
-        "modality": _known(header.term("Modality").upper(), MODALITIES),
-        "SOP class": _uid_name(header.term("SOPClassUID")),
-        "transfer syntax": _uid_name(instance.syntax),
-    }
-    rows, columns = _whole(header, "Rows"), _whole(header, "Columns")
-    if not rows or not columns:
+    """The terms and the shape, as far as the header can be read."""
+    terms: dict[str, str] = {}
+    try:
+        header = FrameHeader(instance.dataset)
+        terms["transfer syntax"] = _uid_name(instance.syntax)
+        terms["modality"] = _known(header.term("Modality").upper(), MODALITIES)
+        terms["SOP class"] = _uid_name(header.term("SOPClassUID"))
+        rows, columns = header.whole("Rows") or 0, header.whole("Columns") or 0
+        if not (0 < rows <= _LARGEST_SIDE and 0 < columns <= _LARGEST_SIDE):
+            return terms, None
+        frames = header.whole("NumberOfFrames") or 1
+        terms["frames of a file"] = "1" if frames == 1 else "2 to 99" if frames < 100 else "100 or more"
+        terms["photometric interpretation"] = _known(header.term("PhotometricInterpretation"), _PHOTOMETRIC)
+        terms["bits stored"] = f"{_bits(header, 'BitsStored')} in {_bits(header, 'BitsAllocated')}"
+    except ScanError:
         return terms, None
-    frames = _whole(header, "NumberOfFrames") or 1
-    terms |= {
-        "bits stored": f"{_whole(header, 'BitsStored') or '?'} in {_whole(header, 'BitsAllocated') or '?'}",
-        "photometric interpretation": _known(header.term("PhotometricInterpretation"), _PHOTOMETRIC),
-        "frames of a file": "1" if frames == 1 else "2 to 99" if frames < 100 else "100 or more",
-    }
     return terms, (rows, columns)
 
 
@@ -235,12 +245,9 @@ def _known(term: str, terms: frozenset[str]) -> str:
     return term if term in terms else OTHER if term else UNSAID
 
 
-def _whole(header: FrameHeader, keyword: str) -> int | None:
-    try:
-        value = header.whole(keyword)
-    except ScanError:
-        return None
-    return value if value is not None and 0 <= value < 1 << 32 else None
+def _bits(header: FrameHeader, keyword: str) -> str:
+    bits = header.whole(keyword)
+    return str(bits) if bits is not None and 1 <= bits <= 64 else "?"
 
 
 def _text(instance: Instance, keyword: str) -> str:
