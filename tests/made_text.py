@@ -30,7 +30,17 @@ LINES = (
 )
 PLACES: tuple[Place, ...] = ("top-left", "top-right", "bottom-left", "bottom-right", "centre", "left-edge")
 INKS: tuple[Ink, ...] = ("white", "black", "boxed", "gray")
-DEJAVU = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "cmss10", "STIXGeneral")
+FONTS = (
+    "Pillow",
+    "Pillow-bitmap",
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSansMono",
+    "DejaVuSerif",
+    "cmss10",
+    "STIXGeneral",
+)
+"""Names for `Burned.font`."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,8 @@ def font_files() -> dict[str, Path]:
 
 
 def fonts() -> tuple[str, ...]:
-    """Names for `Burned.font`: Pillow's outline and bitmap fonts always, the others where their files are."""
-    return ("Pillow", "Pillow-bitmap", *(name for name in DEJAVU if name in font_files()))
+    """The fonts at hand: Pillow's outline and bitmap fonts always, the others where their files are."""
+    return tuple(name for name in FONTS if name.startswith("Pillow") or name in font_files())
 
 
 def line_image(text: str, font: str, cap_px: int) -> Gray:
@@ -120,11 +130,11 @@ def burn(pixels: npt.NDArray[Any], burned: Burned) -> npt.NDArray[Any] | None:
 
 def _ink(made: npt.NDArray[Any], box: Any, burned: Burned) -> float | None:
     """The value to draw with, at least a quarter of the scan's range away from what is under the line."""
-    white = float(made.max())
+    white = float(np.iinfo(made.dtype).max)
     pad = max(2, burned.cap_px // 4)
     wide = tuple(slice(max(0, s.start - pad), s.stop + pad) for s in box)
     if burned.ink == "boxed":
-        made[wide] = made.max()
+        made[wide] = white
         return 0.0
     low, high = np.percentile(made[wide], (2, 98))
     ink = {"white": white, "black": 0.0, "gray": float(high) + 0.35 * white}[burned.ink]

@@ -8,8 +8,9 @@ measured as a glyph. One or two glyphs alone are a side marker and no text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -84,14 +85,14 @@ def text_lines(pixels: Pixels) -> tuple[TextLine, ...]:
         return ()
     low, high = _block_extremes(gray)
     floor = _least_contrast(low, high)
-    found = {
+    found = [
         line
         for window in _windows(low, high, floor)
         if _is_busy(gray, window, floor)
         for glyphs in _glyphs(gray, low, high, window, floor)
         for line in _lines(glyphs)
-    }
-    return _joined(sorted(found, key=lambda line: (line.top, line.left, line.height, line.width)))
+    ]
+    return _joined(found)
 
 
 def _eight_bits(pixels: npt.NDArray[Any]) -> Gray:
@@ -144,7 +145,7 @@ def _windows(low: Gray, high: Gray, floor: int) -> Iterator[Window]:
 
 
 def _split(cells: Mask, top: int, left: int) -> Iterator[Window]:
-    """The box of the cells, or, where it is large and mostly empty (a frame, a tube), those of its halves."""
+    """The box of the cells, or, where it is large and mostly empty (a frame, a tube), those of its two parts."""
     rows, columns = np.flatnonzero(cells.any(axis=1)), np.flatnonzero(cells.any(axis=0))
     if not len(rows):
         return
@@ -154,11 +155,20 @@ def _split(cells: Mask, top: int, left: int) -> Iterator[Window]:
     if cells.size <= 64 or cells.sum() > 0.5 * cells.size:
         yield top, left, top + height, left + width
     elif height >= width:
-        yield from _split(cells[: height // 2], top, left)
-        yield from _split(cells[height // 2 :], top + height // 2, left)
+        cut = _gap(cells.sum(axis=1))
+        yield from _split(cells[:cut], top, left)
+        yield from _split(cells[cut:], top + cut, left)
     else:
-        yield from _split(cells[:, : width // 2], top, left)
-        yield from _split(cells[:, width // 2 :], top, left + width // 2)
+        cut = _gap(cells.sum(axis=0))
+        yield from _split(cells[:, :cut], top, left)
+        yield from _split(cells[:, cut:], top, left + cut)
+
+
+def _gap(counts: Whole) -> int:
+    """Where to cut: at the emptiest place of the middle half, so that lines stay whole where they can."""
+    start = len(counts) // 4
+    between = counts[start : len(counts) - start] + counts[start - 1 : len(counts) - start - 1]
+    return start + int(np.argmin(between))
 
 
 def _is_busy(gray: Gray, window: Window, floor: int) -> bool:
@@ -303,17 +313,16 @@ def _line(glyphs: _Glyphs) -> TextLine | None:
     return TextLine(top, left, int(glyphs.bottom.max()) - top, int(glyphs.right.max()) - left, count)
 
 
-def _joined(lines: list[TextLine]) -> tuple[TextLine, ...]:
+def _joined(lines: Iterable[TextLine]) -> tuple[TextLine, ...]:
     """The lines without those that two windows both saw parts of: overlapping boxes become one."""
     joined: list[TextLine] = []
     for line in lines:
-        for place, other in enumerate(joined):
-            if _overlap(line, other):
-                joined[place] = _union(line, other)
-                break
-        else:
-            joined.append(line)
-    return tuple(joined)
+        whole = line
+        while parts := [other for other in joined if _overlap(whole, other)]:
+            whole = reduce(_union, parts, whole)
+            joined = [other for other in joined if other not in parts]
+        joined.append(whole)
+    return tuple(sorted(joined, key=lambda line: (line.top, line.left)))
 
 
 def _overlap(one: TextLine, other: TextLine) -> bool:
