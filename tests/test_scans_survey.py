@@ -30,6 +30,7 @@ from scanloom.scans.starter_recipe import starter_recipe
 from scanloom.scans.survey import PICTURE_PX, Example, Look, Survey, band, drawn, merged, pictures, survey_unit
 from scanloom.scans.survey_report import remarks, report, tables
 from scanloom.scans.units import Unit, cut
+from scanloom.store import Store
 from tests.dicomweb_server import DicomWebServer
 from tests.made_dicom import KEY, UID_ROOT, file, radiograph, tar
 from tests.test_scans_recognise import _png
@@ -198,6 +199,18 @@ def test_a_source_that_has_to_be_read_is_surveyed_too() -> None:
     look = Look(PhantomSource(scans=20), schema, Decode(), KEY.encode())
     found = _report(look)
     assert (found["scans"], found["pixels_decoded"], found["quarantine"]) == (20, True, {})
+
+
+@pytest.mark.s3
+def test_a_bucket_is_surveyed_like_a_folder(tmp_path: Path, store_uri: str) -> None:
+    _fill(tmp_path)
+    (tmp_path / "large").write_bytes(file(radiograph(8, (800, 800)), PatientID="P50"))
+    (tmp_path / "a.tar").write_bytes(tar({"x": file(PatientID="P51")}))
+    Store(store_uri).put_folder(tmp_path)
+    looks = [_look(tmp_path), replace(_look(tmp_path), source=recognise(store_uri).source)]
+    folder, bucket = map(_report, looks)
+    assert folder == bucket
+    assert folder["scans"] == 14
 
 
 def test_a_pacs_is_surveyed_by_the_headers_of_its_instances() -> None:
