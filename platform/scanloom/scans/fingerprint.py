@@ -53,8 +53,10 @@ def _without_bars(pixels: Pixels) -> Pixels:
     for axis in (1, 0):
         seen = np.flatnonzero(pixels.max(axis=axis, initial=0) > black)
         side = pixels.shape[1 - axis]
-        bar = min(int(seen[0]), side - 1 - int(seen[-1])) if len(seen) else 0
-        if bar >= LEAST_BAR * side:
+        first, last = (int(seen[0]), side - 1 - int(seen[-1])) if len(seen) else (0, 0)
+        bar = min(first, last)
+        # A scan's own black margins are seldom even; cut, they would come and go with its brightness.
+        if bar >= LEAST_BAR * side and max(first, last) <= bar + 1 + side // 256:
             pixels = pixels[bar : side - bar] if axis else pixels[:, bar : side - bar]
     return pixels
 
