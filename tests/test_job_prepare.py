@@ -277,7 +277,7 @@ def test_a_recipe_that_would_tell_the_oldest_apart_is_refused(tmp_path: Path) ->
     fill(tmp_path / "in")
     tree = recipe(str(tmp_path / "out"), str(tmp_path / "in")).model_dump(mode="json")
     age = {"name": "age", "source": "PatientAge", "kind": "number", "unit": "years", "minimum": 0, "maximum": 120}
-    with pytest.raises(RecipeError, match="ages over 89 .* set its cap to 90"):
+    with pytest.raises(RecipeError, match=r"ages over 89 .* set its cap to 90"):
         plan_curation(parse_recipe(tree | {"attributes": [age]}, "test"))
     assert plan_curation(parse_recipe(tree | {"attributes": [age | {"cap": 90}]}, "test")).units
 
@@ -403,6 +403,27 @@ def test_an_unfinished_run_whose_unread_files_are_gone_says_so(tmp_path: Path) -
     (tmp_path / "in" / "b.tar.gz").unlink()
     with pytest.raises(ArtefactError, match="1 files of the source vanished or changed"):
         plan_curation(asked)
+
+
+def test_a_version_takes_nothing_over_from_one_that_was_finished_after_it_was_begun(tmp_path: Path) -> None:
+    """Its duplicates may be duplicates of scans that have left the source."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(tar({f"{i}": scan(i, i) for i in range(10)}))
+    (tmp_path / "in" / "b.tar").write_bytes(tar({f"{i}": scan(i, i) for i in range(9, 15)}))
+    asked = recipe(str(tmp_path / "out"), str(tmp_path / "in"))
+    first = plan_curation(asked)
+    claim(first)
+    for unit in (0, 1):
+        stage(first, unit)
+    (tmp_path / "in" / "a.tar").write_bytes(tar({f"{i}": scan(i, i) for i in range(9)}))
+    later = asked.model_copy(update={"corpus_version": 2})
+    claim(plan_curation(later))
+    assert plan_curation(later).taken_over == {}
+    curate(first)
+    publish(first)
+    second = plan_curation(later)
+    assert (second.version, second.taken_over, second.curation.grown_from) == (2, {}, "")
+    assert curate(second)["statistics"]["rows"] == 15
 
 
 def test_a_unit_whose_first_attempt_died_is_read_behind_the_fence_to_the_same_shard(

@@ -49,8 +49,7 @@ def code_of(fence: Fence, read: Callable[..., Iterator[bytes]]) -> tuple[list[by
     """What came before the refusal, and its code."""
     got: list[bytes] = []
     with pytest.raises(ScanError) as refusal:
-        for item in fence.run(read, b"content"):
-            got.append(item)
+        got.extend(fence.run(read, b"content"))
     return got, refusal.value.code
 
 

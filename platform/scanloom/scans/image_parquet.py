@@ -68,7 +68,7 @@ class _Attribute:
     def _single(self, value: object) -> str:
         if self.classes and isinstance(value, int):
             return self.classes[value] if 0 <= value < len(self.classes) else ""
-        return _text(value)
+        return cell_text(value)
 
 
 # --- planning -------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def _readable(source: ParquetSource, schema: AttributeSchema, found: pa.Schema, 
     attributes = {}
     for declaration in schema.declarations:
         column = declaration.source or declaration.name
-        classes = _class_names(found, column)
+        classes = class_names(found, column)
         if isinstance(declaration, LabelsAttribute):
             attributes[column] = _Attribute(column, declaration.separator, declaration.none, classes)
         else:
@@ -200,7 +200,7 @@ def _readable(source: ParquetSource, schema: AttributeSchema, found: pa.Schema, 
     return attributes
 
 
-def _class_names(found: pa.Schema, column: str) -> tuple[str, ...]:
+def class_names(found: pa.Schema, column: str) -> tuple[str, ...]:
     """The names that Hugging Face's `datasets` gives a column's numbers (a ClassLabel, alone or in a list)."""
     try:
         feature = json.loads((found.metadata or {})[b"huggingface"])["info"]["features"][column]
@@ -222,8 +222,8 @@ def _rows(source: ParquetSource, file: SourceFile, schema: AttributeSchema) -> I
     for cells in _cells(opened, sorted(columns)):
         yield _Row(
             image=cells[source.image_column],
-            patient=_text(cells[source.patient_column]),
-            study=_text(cells[source.study_column]) if source.study_column else "",
+            patient=cell_text(cells[source.patient_column]),
+            study=cell_text(cells[source.study_column]) if source.study_column else "",
             texts={name: attribute.text(cells[attribute.column]) for name, attribute in attributes.items()},
         )
 
@@ -283,7 +283,7 @@ def _image_bytes(cell: object) -> bytes:
     return data
 
 
-def _text(value: object) -> str:
+def cell_text(value: object) -> str:
     """A cell as a table would spell it: null is empty, 63.0 is 63 (a column with gaps turns whole numbers into it)."""
     if value is None:
         return ""

@@ -37,8 +37,7 @@ from scanloom.recipe import (
 )
 from scanloom.scans import chexpert
 from scanloom.scans.archive import is_packed
-from scanloom.scans.image_parquet import _class_names as class_names
-from scanloom.scans.image_parquet import _text as cell_text
+from scanloom.scans.image_parquet import cell_text, class_names
 from scanloom.scans.ranged import RangedFile
 from scanloom.scans.scan import TableRow
 from scanloom.scans.table import Cells, Header, read_rows
