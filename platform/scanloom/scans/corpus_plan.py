@@ -144,7 +144,7 @@ def plan_curation(recipe: Recipe) -> CurationPlan:
         **{name: getattr(section, name) for name in ("size_px", "resize", "decode", "burned_in_text", "split")},
         seed=recipe.seed,
         key_fingerprint=pseudonyms.fingerprint,
-        plan=plan_digest("corpus", FORMAT, listing.model_dump(mode="json")),
+        plan=plan_digest("corpus", FORMAT, listing.model_dump(mode="json", exclude_defaults=True)),
     )
     return CurationPlan(
         curation, section, number, tuple(units), listing, _lineage(source, units, pseudonyms, before),
@@ -225,12 +225,20 @@ def _version(
     before = _begun(_folder(recipe, number - 1), rules) if number > 1 else None
     while (there := _begun(_folder(recipe, number), rules)) is not None:
         if there.finished and files.keys() == there.listing.digests:
-            return number, before, there
+            return number, _former(before, there), there
         if not there.finished:
             _require_present(there, files)
-            return number, before, there
+            return number, _former(before, there), there
         number, before = number + 1, there
     return number, before if before and before.finished else None, None
+
+
+def _former(before: _Version | None, there: _Version) -> _Version | None:
+    """The version before, where that is what this one was grown from.
+
+    It may have been finished, or made anew, after this one was begun: then equal units lost other duplicates.
+    """
+    return before if before and before.finished and before.plan == there.listing.grown_from else None
 
 
 def _require_present(version: _Version, files: Mapping[str, SourceFile]) -> None:
@@ -254,7 +262,7 @@ def _listing(rules: str, files: Mapping[str, SourceFile], before: _Version | Non
         unit: ShardFacts(shard.rows, "duplicate" in shard.statistics["quarantined"])
         for unit, shard in committed(before.store, before.plan).items()
     }
-    return listing_of(rules, grown(before.listing, files, facts, files_per_unit), files)
+    return listing_of(rules, grown(before.listing, files, facts, files_per_unit), files, before.plan)
 
 
 def _taken_over(listing: Listing, before: _Version | None) -> dict[int, ShardCommit]:

@@ -55,6 +55,8 @@ class Listing(_Record):
 
     rules: str
     units: tuple[UnitRecord, ...]
+    grown_from: str = ""
+    """The plan of the version whose units were kept; no other version's shards may be taken over."""
 
     @property
     def digests(self) -> set[str]:
@@ -111,8 +113,8 @@ def grown(
     return kept + cut(rest, files_per_unit, first)
 
 
-def listing_of(rules: str, units: Sequence[Unit], files: Mapping[str, SourceFile]) -> Listing:
-    """What the corpus remembers of these units."""
+def listing_of(rules: str, units: Sequence[Unit], files: Mapping[str, SourceFile], grown_from: str = "") -> Listing:
+    """What the corpus remembers of these units, and of the version (by its plan) that some were kept from."""
     digests = {file.key: digest for digest, file in files.items()}
     records = [UnitRecord(index=unit.index, files=tuple(digests[f.key] for f in unit.files)) for unit in units]
-    return Listing(rules=rules, units=tuple(records))
+    return Listing(rules=rules, units=tuple(records), grown_from=grown_from)
