@@ -18,7 +18,7 @@ from scanloom import console
 from scanloom.errors import RecipeError
 from scanloom.recipe import Recipe, load_recipe
 
-# Credentials and endpoints that workers on other hosts need too.
+# Credentials, endpoints and the pseudonym key, which workers on other hosts need too.
 FORWARDED = ("AWS_", "SCANLOOM_")
 # Ray Data lists and reads files in tasks that ask for a CPU each. Where training workers hold every core, those tasks
 # would wait for ever: a local cluster offers two more than it has, for work that mostly waits for I/O.
@@ -44,7 +44,6 @@ def run_recipe(work: Callable[[Recipe], None], job: str, summary: str, argv: Seq
 @contextmanager
 def connected() -> Iterator[None]:
     """A Ray session for the length of a job; a local cluster that it started ends with it."""
-    env = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
     already = ray.is_initialized()
     if not already:
         address = os.environ.get("RAY_ADDRESS")
@@ -52,7 +51,8 @@ def connected() -> Iterator[None]:
             # Without an address Ray would join whatever cluster somebody started on this machine.
             address=address or "local",
             num_cpus=None if address else (os.cpu_count() or 1) + SPARE_CPUS,
-            runtime_env={"env_vars": env},
+            # What a cluster of our own starts inherits the environment. Ray logs a runtime_env in clear.
+            runtime_env={"env_vars": _forwarded()} if address else None,
             log_to_driver=False,
             include_dashboard=False,
             logging_level=logging.WARNING,
@@ -63,6 +63,10 @@ def connected() -> Iterator[None]:
     finally:
         if not already:
             ray.shutdown()
+
+
+def _forwarded() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
 
 
 def require_room(cpus: int, gpus: float, what: str) -> None:

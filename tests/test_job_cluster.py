@@ -90,3 +90,20 @@ def test_no_cluster_is_joined_but_the_one_of_ray_address(
 def test_a_cluster_that_may_grow_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     require_room(1000, 8, "finetune.workers 1000 x 1 CPUs")
+
+
+def test_ray_of_our_own_is_not_told_secrets_that_it_would_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: started.append(settings))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("SCANLOOM_PSEUDONYM_KEY", "a secret that links patients to names")
+    with connected():
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    with connected():
+        pass
+    ours, another = started
+    assert "a secret" not in repr(ours)
+    assert another["runtime_env"]["env_vars"]["SCANLOOM_PSEUDONYM_KEY"].startswith("a secret")
