@@ -138,7 +138,7 @@ def _windows(low: Gray, high: Gray, floor: int) -> Iterator[Window]:
     cells = (np.maximum(floor, 0.6 * whole)[..., None] <= spans).sum(axis=2) >= 2
     if not cells.any():
         return
-    labels, _ = ndimage.label(ndimage.binary_dilation(cells, _EIGHT), _EIGHT)
+    labels, _ = _labelled(ndimage.binary_dilation(cells, _EIGHT))
     for number, box in enumerate(ndimage.find_objects(labels), 1):
         own = cells[box] & (labels[box] == number)
         yield from _split(own, box[0].start, box[1].start)
@@ -208,7 +208,7 @@ def _glyphs(gray: Gray, low: Gray, high: Gray, window: Window, floor: int) -> It
 
 def _measured(part: Signed, mask: Mask, spread: Signed, corner: tuple[int, int]) -> _Glyphs:
     """The glyph-like ones of the mask's components; `part` is bright where ink is, `spread` the local contrast."""
-    labels, count = ndimage.label(mask, _EIGHT)
+    labels, count = _labelled(mask)
     boxes = _boxes(labels)
     sides = boxes[:, 2:] - boxes[:, :2]
     area = np.bincount(labels.ravel(), minlength=count + 1)[1:]
@@ -240,6 +240,13 @@ def _edges(part: Signed, mask: Mask, spread: Signed, labels: Labels, count: int)
     rise = (inside - outside) / spread[row, column + 2]
     begun = np.bincount(owner, minlength=count).astype(np.int64)
     return begun, np.bincount(owner, weights=rise, minlength=count).astype(np.float64)
+
+
+def _labelled(mask: npt.NDArray[Any]) -> tuple[Labels, int]:
+    """The mask's components, numbered from 1, and how many they are; corners connect."""
+    # SciPy's types leave open what comes back.
+    found: Any = ndimage.label(mask, _EIGHT)
+    return found
 
 
 def _boxes(labels: Labels) -> Whole:
