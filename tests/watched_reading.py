@@ -15,17 +15,19 @@ from typing import Any
 
 from scanloom.attributes import AttributeSchema
 from scanloom.errors import ScanError
-from scanloom.recipe import CategoryAttribute, Decode, LabelsAttribute, NumberAttribute
+from scanloom.recipe import CategoryAttribute, Decode, DicomSource, ImageFolderSource, LabelsAttribute, NumberAttribute
 from scanloom.scans.archive import read_archive
 from scanloom.scans.burned_in import text_lines
 from scanloom.scans.decode import file_image
 from scanloom.scans.deidentify import Pseudonyms
 from scanloom.scans.dicom_objects import dicom_scans
 from scanloom.scans.fingerprint import fingerprint
+from scanloom.scans.glimpse import Glimpse, glimpses
 from scanloom.scans.image import ScanImage
 from scanloom.scans.quarantine import CODES
 from scanloom.scans.resize import fit
-from scanloom.scans.scan import Context, Scan
+from scanloom.scans.scan import Context, Scan, SourceFile
+from scanloom.scans.units import Unit
 from scanloom.store import Store
 from tests.made_dicom import KEY
 from tests.made_mutants import Mutant
@@ -136,12 +138,24 @@ def _read(pipe: Connection, numbers: Sequence[int], make: Callable[[int], Mutant
 
 
 def _codes(made: Mutant) -> Iterator[str]:
-    if made.kind == "dicom":
-        yield from _dicom_codes(made.data)
-    elif made.kind == "image":
-        yield _image_code(made.data)
-    else:
-        yield from _archive_codes(made.data)
+    """What becomes of the file in a corpus; it is looked at as `inspect` does, too."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "file").write_bytes(made.data)
+        looked_at = [glimpse.refused for glimpse in _glimpses(made, folder)]
+        assert looked_at
+        assert set(looked_at) <= {"", *CODES}
+        if made.kind == "dicom":
+            yield from _dicom_codes(made.data)
+        elif made.kind == "image":
+            yield _image_code(made.data)
+        else:
+            yield from _archive_codes(Store(folder), len(made.data))
+
+
+def _glimpses(made: Mutant, folder: str) -> Iterator[Glimpse]:
+    source = ImageFolderSource(uri=folder, table="none") if made.kind == "image" else DicomSource(uri=folder)
+    file = SourceFile("file", len(made.data), alone=made.kind == "archive")
+    return glimpses(source, Unit(index=0, files=(file,)), CONTEXT)
 
 
 def _dicom_codes(data: bytes) -> Iterator[str]:
@@ -159,11 +173,9 @@ def _image_code(data: bytes) -> str:
         return _code(error)
 
 
-def _archive_codes(data: bytes) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "archive").write_bytes(data)
-        for _, content in read_archive(Store(folder), "archive", len(data)):
-            yield from [_code(content)] if isinstance(content, ScanError) else _dicom_codes(content)
+def _archive_codes(store: Store, size: int) -> Iterator[str]:
+    for _, content in read_archive(store, "file", size):
+        yield from [_code(content)] if isinstance(content, ScanError) else _dicom_codes(content)
 
 
 def _code(result: ScanImage | ScanError) -> str:

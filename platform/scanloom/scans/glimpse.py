@@ -283,7 +283,8 @@ def _image_header(store: Store, file: SourceFile) -> tuple[dict[str, str], tuple
         with Image.open(stream, formats=("PNG", "JPEG", "TIFF")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise reject("too-large")
-            if getattr(image, "n_frames", 1) > 1:
+            # Counting the pages of a TIFF walks through all of them.
+            if getattr(image, "is_animated", False):
                 raise reject("several-pages")
             terms = {
                 "file format": str(image.format),
