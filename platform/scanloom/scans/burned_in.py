@@ -246,7 +246,7 @@ def _labelled(mask: npt.NDArray[Any]) -> tuple[Labels, int]:
     """The mask's components, numbered from 1, and how many they are; corners connect."""
     # SciPy's types leave open what comes back.
     found: Any = ndimage.label(mask, _EIGHT)
-    return found
+    return np.asarray(found[0], dtype=np.int32), int(found[1])
 
 
 def _boxes(labels: Labels) -> Whole:
