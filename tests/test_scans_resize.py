@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -67,3 +70,41 @@ def test_without_spacing_no_place_is_claimed() -> None:
     geometry = fit(image, 32, "letterbox").geometry
     assert geometry.spacing_mm is None
     assert geometry.position_mm is None
+
+
+@pytest.mark.parametrize("how", ["letterbox", "crop"])
+@pytest.mark.parametrize("spacing", [(1e-3, 1e3), (1e307, 1e307), (1e-300, 1.0)])
+def test_a_spacing_that_lies_costs_neither_the_memory_nor_the_job(how: Resize, spacing: tuple[float, float]) -> None:
+    image = ScanImage(
+        np.arange(64 * 64, dtype=np.uint16).reshape(64, 64), Geometry(spacing, "", AXIAL, (0.0, 0.0, 0.0))
+    )
+    tracemalloc.start()
+    square = fit(image, 1024, how)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert square.pixels.shape == (1024, 1024)
+    assert peak < 64 << 20
+
+
+@pytest.mark.parametrize("how", ["letterbox", "crop"])
+def test_a_strip_is_no_bomb(how: Resize) -> None:
+    """Scaled as a whole to a height of 256 it would have 6.5 thousand million pixels."""
+    image = ScanImage(np.tile(np.arange(200_000, dtype=np.uint16) % 999, (2, 1)))
+    assert fit(image, 256, how).pixels.shape == (256, 256)
+
+
+@pytest.mark.parametrize("shape, middle", [((100, 60), np.s_[20:80, :]), ((60, 100), np.s_[:, 20:80])])
+def test_a_crop_is_the_centre_and_the_middle_of_the_centre_alone(shape: tuple[int, int], middle: Any) -> None:
+    pixels = np.random.default_rng(1).integers(0, 65536, shape, dtype=np.uint16)
+    np.testing.assert_array_equal(fit(ScanImage(pixels), 60, "crop").pixels, pixels[middle])
+    halved, alone = (fit(ScanImage(p), 30, "crop").pixels for p in (pixels, pixels[middle].copy()))
+    np.testing.assert_array_equal(halved, alone)
+
+
+def test_pixels_that_are_not_square_are_made_so_where_their_number_fits_already() -> None:
+    pixels = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32)
+    square = fit(ScanImage(pixels, Geometry((2.0, 1.0))), 32, "crop")
+    assert square.geometry.spacing_mm == (1.0, 1.0)
+    # Rows are doubled and half of the columns stays.
+    np.testing.assert_allclose(np.diff(square.pixels.astype(int), axis=0)[4:-4], 16, atol=3)
+    np.testing.assert_array_equal(np.diff(square.pixels.astype(int), axis=1)[4:-4], 1)

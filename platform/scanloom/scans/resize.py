@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,6 +12,8 @@ from PIL import Image
 from scanloom.scans.image import Geometry, Pixels, ScanImage
 
 Resize = Literal["letterbox", "crop"]
+_POSSIBLE_MM = (1e-4, 1e4)
+"""Where no spacing is outside; one that is says nothing of the pixels, not even of their shape."""
 
 
 @dataclass(frozen=True)
@@ -25,56 +28,75 @@ def fit(image: ScanImage, size_px: int, how: Resize) -> Square:
     """The scan in a square of `size_px`: whole with black bars (letterbox), or its centre (crop).
 
     Pixels that are not square are made so. Shrinking averages over whole pixels as far as their number allows, and
-    takes what is left, a factor below two, by Lanczos.
+    takes what is left, a factor below two, by Lanczos. A spacing that cannot be is taken as none.
     """
-    rows, columns = image.pixels.shape
-    row_mm, column_mm = image.geometry.spacing_mm or (1.0, 1.0)
-    height, width = rows * row_mm, columns * column_mm
-    side = max(height, width) if how == "letterbox" else min(height, width)
-    target = (max(1, round(height / side * size_px)), max(1, round(width / side * size_px)))
-    resized = _resampled(image.pixels, target)
-    return Square(_centred(resized, size_px), _moved(image, target, side, size_px))
+    geometry = _possible(image.geometry)
+    spacing = geometry.spacing_mm or (1.0, 1.0)
+    extent = image.pixels.shape[0] * spacing[0], image.pixels.shape[1] * spacing[1]
+    step = (max(extent) if how == "letterbox" else min(extent)) / size_px
+    if how == "crop":
+        corner = (extent[0] - size_px * step) / 2, (extent[1] - size_px * step) / 2
+        pixels = _cropped(image.pixels, (corner[0] / spacing[0], corner[1] / spacing[1]), size_px)
+    else:
+        shape = max(1, round(extent[0] / step)), max(1, round(extent[1] / step))
+        corner = -step * ((size_px - shape[0]) // 2), -step * ((size_px - shape[1]) // 2)
+        pixels = _centred(_resampled(image.pixels, shape), size_px)
+    return Square(pixels, _moved(geometry, corner, step))
 
 
-def _moved(image: ScanImage, resized: tuple[int, int], side_mm: float, size_px: int) -> Geometry:
-    """The geometry of the square: its pixels' size, and where the centre of its first one lies (PS3.3 C.7.6.2.1.1)."""
-    geometry, step = image.geometry, side_mm / size_px
+def _possible(geometry: Geometry) -> Geometry:
+    low, high = _POSSIBLE_MM
+    spacing = geometry.spacing_mm
+    possible = spacing is None or all(low <= mm <= high for mm in spacing)
+    return geometry if possible else replace(geometry, spacing_mm=None)
+
+
+def _moved(geometry: Geometry, corner_mm: tuple[float, float], step_mm: float) -> Geometry:
+    """The geometry of the square: its pixels' size, and where the centre of its first one lies (PS3.3 C.7.6.2.1.1).
+
+    `corner_mm` is the square's corner, down and across from the frame's: inside it (cut) or before it (bars).
+    """
     if geometry.spacing_mm is None:
         return replace(geometry, position_mm=None)
     position = geometry.position_mm
     if position is not None and geometry.direction is not None:
-        # From the old first pixel's centre to the frame's corner, over the bars or the cut, to the new one's centre.
-        down, across = (
-            (_start(n, size_px) + 0.5) * step - 0.5 * mm for n, mm in zip(resized, geometry.spacing_mm, strict=True)
-        )
+        # From the old first pixel's centre to the frame's corner, to the square's, to the new one's centre.
+        down, across = (c + 0.5 * step_mm - 0.5 * mm for c, mm in zip(corner_mm, geometry.spacing_mm, strict=True))
         along, downwards = geometry.direction[:3], geometry.direction[3:]
         x, y, z = (p + across * a + down * d for p, a, d in zip(position, along, downwards, strict=True))
         position = (x, y, z)
-    return replace(geometry, spacing_mm=(step, step), position_mm=position)
+    return replace(geometry, spacing_mm=(step_mm, step_mm), position_mm=position)
 
 
-def _start(extent: int, size_px: int) -> int:
-    """Where the square begins along an axis of the resized frame: before it (bars) or inside it (cut), in pixels."""
-    return (extent - size_px) // 2 if extent > size_px else -((size_px - extent) // 2)
+def _cropped(pixels: Pixels, margin: tuple[float, float], size_px: int) -> Pixels:
+    """The centre, without `margin` pixels (down and across, on both sides); what is cut off is never resampled.
+
+    At least one pixel is kept.
+    """
+    top, left = (min(max(0.0, cut), (n - 1) / 2) for cut, n in zip(margin, pixels.shape, strict=True))
+    down, across = math.floor(top), math.floor(left)
+    kept = pixels[down : pixels.shape[0] - down, across : pixels.shape[1] - across]
+    box = left - across, top - down, kept.shape[1] - (left - across), kept.shape[0] - (top - down)
+    return _resampled(kept, (size_px, size_px), box)
 
 
-def _resampled(pixels: Pixels, shape: tuple[int, int]) -> Pixels:
-    if pixels.shape == shape:
+def _resampled(pixels: Pixels, shape: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Pixels:
+    """The pixels, or those in a box (left, top, right, bottom) of them, in another shape."""
+    rows, columns = pixels.shape
+    if pixels.shape == shape and box in (None, (0.0, 0.0, columns, rows)):
         return pixels
     # Mode F: Pillow resamples 16 bits in few modes, and F is exact for both depths.
     image = Image.fromarray(pixels.astype(np.float32)).resize(
-        (shape[1], shape[0]), Image.Resampling.LANCZOS, reducing_gap=1.0
+        (shape[1], shape[0]), Image.Resampling.LANCZOS, box=box, reducing_gap=1.0
     )
     levels = int(np.iinfo(pixels.dtype).max)
     return np.asarray(np.rint(np.clip(np.asarray(image), 0, levels)), dtype=pixels.dtype)
 
 
 def _centred(pixels: Pixels, size_px: int) -> Pixels:
-    """Cut what stands over and fill what is missing with black, evenly on both sides."""
+    """Fill what is missing with black, evenly on both sides."""
     rows, columns = pixels.shape
-    top, left = max(0, (rows - size_px) // 2), max(0, (columns - size_px) // 2)
-    kept = pixels[top : top + size_px, left : left + size_px]
     square: Pixels = np.zeros((size_px, size_px), dtype=pixels.dtype)
-    top, left = (size_px - kept.shape[0]) // 2, (size_px - kept.shape[1]) // 2
-    square[top : top + kept.shape[0], left : left + kept.shape[1]] = kept
+    top, left = (size_px - rows) // 2, (size_px - columns) // 2
+    square[top : top + rows, left : left + columns] = pixels
     return square
