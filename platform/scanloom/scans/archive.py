@@ -131,7 +131,12 @@ def _is_tar_header(block: bytes) -> bool:
 
 def _read(read: Callable[[int], bytes], size: int) -> bytes:
     """At most `size` bytes, fewer where there are fewer, without believing that there are so many."""
-    sink = io.BytesIO()
+    # To zlib, and so to a gzip stream, no bytes at all stand for no limit.
+    first = read(min(size, _PIECE)) if size else b""
+    if len(first) == size:
+        return first
+    sink = io.BytesIO(first)
+    sink.seek(0, io.SEEK_END)
     while (missing := size - sink.tell()) and (piece := read(min(missing, _PIECE))):
         sink.write(piece)
     return sink.getvalue()
