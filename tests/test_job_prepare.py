@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pydicom
 import pytest
@@ -167,6 +168,19 @@ def test_every_file_is_in_the_corpus_or_the_quarantine_once(tmp_path: Path) -> N
     assert sorted(places) == [(0, m) for m in range(8)] + [(1, m) for m in range(8)] + [(2, m) for m in range(7)] + [
         (3, m) for m in range(4)
     ] + [(4, 0)]
+
+
+def test_the_header_of_an_object_is_counted_once_whichever_of_its_frames_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    frames = np.arange(4 * 32 * 24, dtype=np.uint16).reshape(4, 32, 24)
+    frames[0] = 7  # a blank one
+    cine = file(frames.reshape(128, 24), Rows=32, NumberOfFrames=4, bits_stored=16)
+    (tmp_path / "in" / "a.tar").write_bytes(tar([("cine", cine), *((f"{i}", scan(i, i)) for i in range(6))]))
+    asked = recipe(str(tmp_path / "out"), str(tmp_path / "in"), burned_in_text="ignore")
+    made = curate(plan_curation(asked))["statistics"]
+    assert made["rows"] == 9
+    assert made["quarantined"] == {"blank-image": 1}
+    assert made["deidentification"]["(0010,0010) PatientName"] == {"removed": 7}
 
 
 def test_whichever_unit_is_read_first_the_first_by_number_keeps_the_scan(tmp_path: Path) -> None:

@@ -97,13 +97,17 @@ def curated_unit(unit: Unit, curation: Curation, *, fenced: bool = False) -> Ite
         # pydicom warns in the words of the header.
         warnings.simplefilter("ignore")
         tables = _Tables(Path(folder), curation)
+        counted = -1
         for member, frame, found in read_unit(curation.source, unit, context):
             if isinstance(found, Scan):
                 try:
                     tables.add(
                         _split_of(context, found, curation.split), _corpus_row(unit, member, frame, found, curation)
                     )
-                    actions.update(found.subject.actions)
+                    # A header is counted once, with the first of its frames that is kept.
+                    if member != counted:
+                        actions.update(found.subject.actions)
+                    counted = member
                     continue
                 except ScanError as error:
                     found = error

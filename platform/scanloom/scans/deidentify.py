@@ -119,12 +119,9 @@ class Subject:
     def of_frame(self, frame: int | None, pseudonyms: Pseudonyms) -> Subject:
         """The subject of one frame of a multi-frame object, under an id of its own; of the object itself for None.
 
-        What was done to the header is counted once, with the first frame.
+        What was done to the header is the same for all of its frames.
         """
-        if frame is None:
-            return self
-        own = pseudonyms.of("frame", f"{self.id} {frame}")
-        return replace(self, id=own, actions=self.actions if frame == 0 else Counter())
+        return self if frame is None else replace(self, id=pseudonyms.of("frame", f"{self.id} {frame}"))
 
 
 # --- DICOM headers --------------------------------------------------------------------------------------------
