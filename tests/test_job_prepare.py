@@ -89,7 +89,9 @@ def fill(folder: Path) -> dict[str, int]:
 
 def recipe(store: str, source: str, **prepare_keys: Any) -> Recipe:
     tree = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    # The waves of these tiny scans stand in rows like glyphs.
     section = {"source": {"kind": "dicom", "uri": source}, "size_px": 32, "max_rejected_share": 0.5}
+    section["burned_in_text"] = "flag"
     return parse_recipe(tree | {"store": store, "prepare": section | prepare_keys}, "test")
 
 
@@ -168,6 +170,17 @@ def test_every_file_is_in_the_corpus_or_the_quarantine_once(tmp_path: Path) -> N
     assert sorted(places) == [(0, m) for m in range(8)] + [(1, m) for m in range(8)] + [(2, m) for m in range(7)] + [
         (3, m) for m in range(4)
     ] + [(4, 0)]
+
+
+def test_files_whose_names_are_not_utf8_are_read_like_others(tmp_path: Path) -> None:
+    """As older systems have left them in many archives."""
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / os.fsdecode(b"M\xfcller-%d.dcm" % number)).write_bytes(scan(number, number))
+    asked = recipe(str(tmp_path / "out"), str(tmp_path / "in"), burned_in_text="ignore")
+    assert curate(plan_curation(asked))["statistics"]["rows"] == 6
+    publish(plan_curation(asked))
+    assert plan_curation(asked).version == 1
 
 
 def test_the_header_of_an_object_is_counted_once_whichever_of_its_frames_are_kept(tmp_path: Path) -> None:

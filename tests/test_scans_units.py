@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,6 +84,15 @@ def test_a_file_that_changed_in_place_or_in_the_table_is_another_file() -> None:
 
     assert one("1", "50") == one("1", "50")
     assert len({one("1", "50"), one("2", "50"), one("1", "51")}) == 3
+
+
+@pytest.mark.parametrize(
+    "name", [b"scan.dcm", "Gr\u00f6\u00dfe/\u6771\u4eac.dcm".encode(), b"caf\xe9.dcm", b"caf\xc3\xa9\xff"]
+)
+def test_a_name_of_any_bytes_reaches_the_worker_and_has_a_digest_of_its_own(name: bytes) -> None:
+    (unit,) = cut([SourceFile(os.fsdecode(name), 5, "1"), SourceFile("other", 5, "1")], 4, 0)
+    assert os.fsencode(Unit.model_validate_json(unit.model_dump_json()).files[0].key) == name
+    assert len(by_digest(unit.files, PSEUDONYMS)) == 2
 
 
 def test_what_a_corpus_remembers_names_no_file() -> None:

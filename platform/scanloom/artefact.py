@@ -123,7 +123,8 @@ class Problem:
 
 def canonical_json(content: object) -> bytes:
     """JSON with one spelling for one content, for digests. ValueError for NaN and infinities."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "surrogateescape")  # names of files need not be UTF-8
 
 
 def plan_digest(*parts: object) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import BeforeValidator, PlainSerializer
 
 from scanloom.attributes import AttributeSchema
 from scanloom.errors import ScanError
@@ -11,6 +14,13 @@ from scanloom.recipe import Decode
 from scanloom.scans.deidentify import Pseudonyms, Subject
 from scanloom.scans.image import ScanImage
 from scanloom.scans.isolation import Fence
+
+Key = Annotated[
+    str,
+    PlainSerializer(lambda key: key.encode("utf-8", "surrogateescape").decode("latin-1"), when_used="json"),
+    BeforeValidator(lambda text: text.encode("latin-1").decode("utf-8", "surrogateescape")),
+]
+"""An object's key; in JSON each of its bytes is a character, since a file's name need not be UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +42,7 @@ class SourceFile:
     unit of its own: an archive, a volume, a series. `rows` are the table's rows for it: exactly one, if all is well.
     """
 
-    key: str
+    key: Key
     bytes: int
     version: str = ""
     alone: bool = False
