@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pydicom
 import pytest
 import yaml
+from PIL import Image, ImageDraw, ImageFont
 
 from jobs import prepare
 from scanloom import artefact
@@ -41,6 +42,7 @@ from scanloom.scans.curate import (
     too_few_left,
 )
 from scanloom.scans.deidentify import KEY_VARIABLE
+from scanloom.scans.phantoms import phantom
 from scanloom.scans.tally import SPLITS
 from scanloom.shards.commit import committed
 from scanloom.shards.reader import read_parquet, rows
@@ -300,6 +302,17 @@ def test_the_share_of_refused_files_decides_whether_the_run_stops(tmp_path: Path
         assert "duplicate 3" in message
 
 
+def test_a_source_of_which_nothing_is_left_is_refused_whatever_share_may_be(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a").write_bytes(b"a letter")
+    plan = plan_curation(recipe(str(tmp_path / "out"), str(tmp_path / "in"), max_rejected_share=1.0))
+    claim(plan)
+    stage(plan, 0)
+    message = too_few_left(staged(plan.curation), {}, 1.0)
+    assert message is not None
+    assert message.startswith("1 of 1 scans were refused, none is left: not-dicom 1;")
+
+
 def test_a_recipe_that_would_tell_the_oldest_apart_is_refused(tmp_path: Path) -> None:
     fill(tmp_path / "in")
     tree = recipe(str(tmp_path / "out"), str(tmp_path / "in")).model_dump(mode="json")
@@ -313,6 +326,26 @@ def test_a_store_inside_the_source_is_refused(tmp_path: Path) -> None:
     fill(tmp_path)
     with pytest.raises(RecipeError, match=r"lies inside prepare\.source\.uri"):
         plan_curation(recipe(str(tmp_path / "out"), str(tmp_path)))
+
+
+@pytest.mark.parametrize("rule, kept, counted", [(None, 1, 0), ("flag", 2, 1), ("ignore", 2, None)])
+def test_a_scan_with_a_name_in_its_pixels_is_kept_out_unless_the_recipe_keeps_it(
+    tmp_path: Path, rule: str | None, kept: int, counted: int | None
+) -> None:
+    clean_scan = phantom(0, 1, 256).pixels
+    picture = Image.fromarray(clean_scan)
+    ImageDraw.Draw(picture).text((20, 12), "DOE^JANE 1950-09-15", fill=255, font=ImageFont.load_default(16))
+    (tmp_path / "in").mkdir()
+    for number, pixels in enumerate((clean_scan, np.asarray(picture))):
+        (tmp_path / "in" / f"{number}").write_bytes(file(pixels, PatientID=f"MRN-{number}"))
+    wanted = {} if rule is None else {"burned_in_text": rule}
+    every = {"train": 1.0, "validation": 0.0, "holdout": 0.0}
+    tree = recipe(str(tmp_path / "out"), str(tmp_path / "in"), split=every).model_dump(mode="json")
+    tree["prepare"].pop("burned_in_text")
+    made = curate(plan_curation(parse_recipe(tree | {"prepare": tree["prepare"] | wanted}, "test")))["statistics"]
+    assert made["rows"] == kept
+    assert made["with_text"] == (counted or 0)
+    assert made["quarantined"] == ({"text-seen": 1} if rule is None else {})
 
 
 # --- a source that grows --------------------------------------------------------------------------------------

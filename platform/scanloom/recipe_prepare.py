@@ -147,9 +147,9 @@ class Prepare(Section):
     size_px: Annotated[int, Field(ge=16, le=2048, multiple_of=8)] = 64
     resize: Literal["letterbox", "crop"] = "letterbox"
     decode: Decode = Decode()
-    burned_in_text: Literal["quarantine", "flag", "ignore"] = "flag"
+    burned_in_text: Literal["quarantine", "flag", "ignore"] = "quarantine"
     """What happens to a scan in whose pixels lines of text are seen, whatever its header says of them."""
-    near_duplicate_bits: Annotated[int, Field(ge=0, le=64)] = 10
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=32)] = 16
     """Two patients' scans whose 256-bit fingerprints differ in at most this many bits are reported as alike."""
     split: Split = Split()
     max_rejected_share: Fraction = 0.5

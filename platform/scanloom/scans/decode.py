@@ -12,7 +12,7 @@ from scanloom.recipe import Decode
 from scanloom.scans.colour import Palette, gray_of_colour
 from scanloom.scans.functional_groups import FrameHeader
 from scanloom.scans.geometry import geometry, with_square_pixels
-from scanloom.scans.grayscale import Grayscale, Ramp, Rescale, Sigmoid, VoiLut, rendered, windowed
+from scanloom.scans.grayscale import Grayscale, Ramp, Rescale, Sigmoid, VoiLut, is_blank, rendered, windowed
 from scanloom.scans.image import Pixels, Rendering, ScanImage
 from scanloom.scans.image_file import file_image
 from scanloom.scans.image_pixel import GRAY, MAX_PIXELS, ImagePixel, pixel_element
@@ -33,6 +33,7 @@ __all__ = [
     "stored_frames",
 ]
 
+_FEW_BITS = 12
 # Of PS3.3 C.11.1.1.2; a header may hold anything, and a unit is written into the corpus.
 _RESCALE_TYPES = frozenset({"OD", "HU", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT"})
 
@@ -118,7 +119,7 @@ def _shown(
         pixels = palette.gray(frame.samples, rules.colour)
     else:
         pixels = gray_of_colour(frame.samples, frame.photometric, pixel.stored, rules.colour)
-    if pixels.min() == pixels.max():
+    if is_blank(pixels):
         raise reject("blank-image", "PixelData")
     return pixels, Rendering()
 
@@ -136,7 +137,16 @@ def grayscale(header: FrameHeader, pixel: ImagePixel) -> Grayscale:
         inverted=pixel.photometric == "MONOCHROME1",
         padding=_padding(header, pixel),
         unit=_unit(header),
+        possible=_possible(pixel),
     )
+
+
+def _possible(pixel: ImagePixel) -> tuple[int, int] | None:
+    """The ends of what the stored bits can hold, unless they are so many that a table of them all takes long."""
+    if pixel.floating or pixel.stored > _FEW_BITS:
+        return None
+    half = 1 << (pixel.stored - 1)
+    return (-half, half - 1) if pixel.signed else (0, 2 * half - 1)
 
 
 def _modality(header: FrameHeader, pixel: ImagePixel) -> Rescale | Lut:

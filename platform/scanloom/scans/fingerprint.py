@@ -66,6 +66,11 @@ def _averages(pixels: Pixels) -> Floats:
     for axis, side in enumerate(pixels.shape):
         if side < GRID:
             pixels = np.repeat(pixels, -(-GRID // max(1, side)), axis=axis)
+    rows, columns = pixels.shape
+    if rows % GRID == 0 and columns % GRID == 0:
+        bands = pixels.reshape(GRID, rows // GRID, columns).sum(axis=1, dtype=np.uint32)
+        blocks = bands.reshape(GRID, GRID, columns // GRID).sum(axis=2, dtype=np.int64)
+        return np.asarray(blocks / (rows // GRID * (columns // GRID)))
     sums: npt.NDArray[Any] = pixels
     areas = np.ones((1, 1))
     for axis, side in enumerate(pixels.shape):

@@ -89,7 +89,8 @@ Voi = Ramp | Sigmoid | VoiLut
 class Grayscale:
     """What a header says of its values, and how it wants them shown: its VOI LUT and its windows, in its order.
 
-    `padding` are the smallest and largest stored value that stand for no patient; such pixels become black.
+    `padding` are the smallest and largest stored value that stand for no patient; such pixels become black. `possible`
+    are the smallest and largest stored value that there can be, where they are few.
     """
 
     modality: Rescale | Lut = Rescale()
@@ -98,6 +99,7 @@ class Grayscale:
     inverted: bool = False
     padding: tuple[float, float] | None = None
     unit: str = ""
+    possible: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,30 +142,39 @@ def rendered(
     Raises ScanError blank-image.
     """
     known = header or Grayscale()
-    low, high, padding = _extent(values, known.padding)
-    voi, choice = _chosen(values, window, known, (low, high), padding)
+    named = _named(window, known)
+    low: float
+    high: float
+    if named is not None and known.possible is not None and known.padding is None:
+        # Nothing is asked of the values themselves; to look for their ends would take as long as all the rest.
+        (low, high), padding = known.possible, None
+    else:
+        low, high, padding = _extent(values, known.padding)
+    voi, choice = named or (_full(values, known.modality, (low, high), padding), "full")
     chain = _Chain(known.modality, voi, known.inverted, padding, (1 << bits) - 1)
     pixels = _mapped(values, chain, low, high)
-    if pixels.min() == pixels.max():
+    if is_blank(pixels):
         raise reject("blank-image", "PixelData")
     ends = (voi.high, voi.low) if known.inverted else (voi.low, voi.high)
     return pixels, Rendering(choice, ends[0], ends[1], known.unit)
 
 
-def _chosen(
-    values: Numbers,
-    window: Window,
-    known: Grayscale,
-    extent: tuple[float, float],
-    padding: tuple[float, float] | None,
-) -> tuple[Voi, str]:
+def is_blank(pixels: Pixels) -> bool:
+    """Whether every pixel has the same value."""
+    few = pixels[::16, ::16]
+    # Nearly every scan shows in a few of its pixels that it is not.
+    return bool((few == few[0, 0]).all()) and bool((pixels == pixels[0, 0]).all())
+
+
+def _named(window: Window, known: Grayscale) -> tuple[Voi, str] | None:
+    """The values of interest that the recipe or the header names; None where all are."""
     if isinstance(window, FixedWindow):
         return Ramp(window.center - window.width / 2, window.center + window.width / 2), "fixed"
     if isinstance(window, HeaderWindow) and known.lut is not None:
         return known.lut, "voi-lut"
     if isinstance(window, HeaderWindow) and window.index < len(known.windows):
         return known.windows[window.index], f"window-{window.index + 1}"
-    return _full(values, known.modality, extent, padding), "full"
+    return None
 
 
 def _full(
