@@ -203,6 +203,16 @@ def test_a_link_in_a_zip_is_refused_and_its_folders_are_no_files(tmp_path: Path)
     assert names(data, tmp_path) == ["link", "folder/file"]
 
 
+def test_a_member_without_a_name_is_a_file_like_others(tmp_path: Path) -> None:
+    data = bytearray(zipped(FILES[:2], zipfile.ZIP_STORED))
+    # A name ends at its first zero.
+    for magic, name in ((b"PK\x03\x04", 30), (b"PK\x01\x02", 46)):
+        data[data.find(magic) + name] = 0
+    assert names(bytes(data), tmp_path) == ["", "1.dcm"]
+    assert kept(bytes(data), tmp_path)[1:] == CONTENTS[1:2]
+    assert kept(tar([("", b"content")]), tmp_path) == [b"content"]
+
+
 def test_an_encrypted_member_and_one_of_another_method_have_their_codes(tmp_path: Path) -> None:
     data = bytearray(zipped(FILES))
     entries = [at for at in range(len(data)) if data[at : at + 4] == b"PK\x01\x02"]

@@ -284,7 +284,7 @@ def _zip_members(source: _ReadAhead) -> Iterator[_Member]:
             if number >= MOST_MEMBERS or info.header_offset < end:
                 raise reject("archive-bomb")
             end = info.header_offset + zipfile.sizeFileHeader + info.compress_size  # type: ignore[attr-defined]
-            if info.is_dir() and not info.file_size:
+            if info.filename.endswith("/") and not info.file_size:
                 continue
             if info.file_size <= MAX_FILE_BYTES:
                 inflated += info.file_size
