@@ -198,6 +198,23 @@ def test_the_header_of_an_object_is_counted_once_whichever_of_its_frames_are_kep
     assert made["deidentification"]["(0010,0010) PatientName"] == {"removed": 7}
 
 
+def test_a_staged_shard_that_was_damaged_is_not_written_again_without_its_duplicates(tmp_path: Path) -> None:
+    fill(tmp_path / "in")
+    plan = plan_curation(recipe(str(tmp_path / "out"), str(tmp_path / "in"), burned_in_text="ignore"))
+    claim(plan)
+    for index in range(3):
+        stage(plan, index)
+    shard = staged(plan.curation)[2]
+    damaged = tmp_path / "out" / "corpus" / shard.files["train"].path
+    pixels = pq.read_metadata(damaged).row_group(0).column(3)
+    assert pixels.path_in_schema == "image.bytes"
+    data = bytearray(damaged.read_bytes())
+    data[pixels.data_page_offset + pixels.total_compressed_size - 50] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(OSError, match="CRC"):
+        settle_unit({"staged": shard.model_dump_json(), "losers": ["0"]}, plan.curation)
+
+
 def test_whichever_unit_is_read_first_the_first_by_number_keeps_the_scan(tmp_path: Path) -> None:
     fill(tmp_path / "in")
     results = []
@@ -334,7 +351,7 @@ def test_a_scan_with_a_name_in_its_pixels_is_kept_out_unless_the_recipe_keeps_it
 ) -> None:
     clean_scan = phantom(0, 1, 256).pixels
     picture = Image.fromarray(clean_scan)
-    ImageDraw.Draw(picture).text((20, 12), "DOE^JANE 1950-09-15", fill=255, font=ImageFont.load_default(16))
+    ImageDraw.Draw(picture).text((60, 120), "DOE^JANE 1950-09-15", fill=255, font=ImageFont.load_default(16))
     (tmp_path / "in").mkdir()
     for number, pixels in enumerate((clean_scan, np.asarray(picture))):
         (tmp_path / "in" / f"{number}").write_bytes(file(pixels, PatientID=f"MRN-{number}"))
@@ -435,6 +452,18 @@ def test_a_file_that_is_mended_is_read_again(tmp_path: Path) -> None:
     second = plan_curation(asked)
     assert curate(second)["statistics"]["rows"] == 21
     assert set(second.taken_over) == {0, 1, 2, 3}
+
+
+def test_the_manifest_holds_the_recipe_of_its_own_version(tmp_path: Path) -> None:
+    fill(tmp_path / "in")
+    asked = recipe(str(tmp_path / "out"), str(tmp_path / "in"), burned_in_text="ignore")
+    for version in (1, 2):
+        (tmp_path / "in" / f"{version}.tar").write_bytes(tar({"one": scan(50 + version, 50)}))
+        plan = plan_curation(asked)
+        curate(plan)
+        made = prepare._publish(plan, asked)
+        assert parse_recipe(made.manifest.recipe, "manifest").uri("corpus") == made.uri
+        assert made.manifest.statistics["version"] == version
 
 
 def test_files_that_come_while_an_unfinished_run_is_away_wait_for_the_next_version(tmp_path: Path) -> None:
