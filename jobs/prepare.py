@@ -101,8 +101,9 @@ def _publish(plan: CurationPlan, recipe: Recipe) -> Artefact:
     pairs, counts = report_near_duplicates(store, commits.values(), plan.section.near_duplicate_bits)
     files = [file for commit in commits.values() for file in commit.files.values()]
     statistics = finished_statistics(commits.values(), plan.curation) | counts | {"version": plan.version}
+    made_by = recipe.model_copy(update={"corpus_version": plan.version})
     return publish(
-        store, kind="corpus", name=recipe.name, recipe=recipe.model_dump(mode="json"), inputs=plan.lineage,
+        store, kind="corpus", name=recipe.name, recipe=made_by.model_dump(mode="json"), inputs=plan.lineage,
         files=[*files, *pairs], statistics=statistics,
     )  # fmt: skip
 

@@ -305,9 +305,12 @@ def too_few_left(
     if refused <= max_rejected_share * found and refused < found:
         return None
     reasons = ", ".join(f"{code} {count}" for code, count in rejected.most_common())
+    limit = (
+        f"more than prepare.max_rejected_share allows ({max_rejected_share:g})" if refused < found else "none is left"
+    )
     return (
-        f"{refused} of {found} scans were refused, more than prepare.max_rejected_share allows "
-        f"({max_rejected_share:g}): {reasons or 'there were none'}; docs/quarantine.md says what each code means"
+        f"{refused} of {found} scans were refused, {limit}: {reasons or 'there were none'}; "
+        "docs/quarantine.md says what each code means"
     )
 
 
@@ -336,7 +339,7 @@ def _without(shard: ShardCommit, losers: Sequence[str], curation: Curation) -> S
             if split in shard.files:
                 _copy_rows(here / shard.files[split].path, tables[split], lost)
         if QUARANTINE in shard.files:
-            refused = pq.read_table(here / shard.files[QUARANTINE].path).to_pylist()
+            refused = pq.read_table(here / shard.files[QUARANTINE].path, page_checksum_verification=True).to_pylist()
         for place in losers:
             member, _, frame = place.partition("/")
             why = reject("duplicate")
@@ -357,7 +360,7 @@ def _without(shard: ShardCommit, losers: Sequence[str], curation: Curation) -> S
 
 
 def _copy_rows(source: Path, sink: ParquetSpool, lost: set[str]) -> None:
-    with pq.ParquetFile(source) as parquet:
+    with pq.ParquetFile(source, page_checksum_verification=True) as parquet:
         for group in range(parquet.num_row_groups):
             rows = parquet.read_row_group(group)
             places = rows.select(["member", "frame"]).to_pylist()
