@@ -88,6 +88,24 @@ def test_a_listing_is_recursive_sorted_and_relative(store: Store) -> None:
     assert store.list("nothing/here") == []
 
 
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    for key in ("open.dcm", "closed/one.dcm"):
+        Store(str(tmp_path)).write(key, b"scan")
+    scandir = os.scandir
+
+    def guarded(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)  # the tests may run as root, who may read everything
+    with pytest.raises(StoreError, match="permission denied"):
+        Store(str(tmp_path)).list()
+
+
 def test_a_listing_leaves_out_directory_markers_and_probes(store: Store) -> None:
     store.filesystem.create_dir(store.path("marker"), recursive=True)
     store.require_writable()

@@ -137,7 +137,8 @@ class Folder:
                 ObjectInfo(
                     file.relative_to(self.root).as_posix(), status.st_size, status.st_mtime, str(status.st_mtime_ns)
                 )
-                for file in (self.root / prefix).rglob("*")
+                for folder, _, names in os.walk(self.root / prefix, onerror=_unless_gone)
+                for file in (Path(folder) / name for name in names)
                 if (status := _file_status(file)) is not None
             ]
 
@@ -161,6 +162,12 @@ class Folder:
             yield half, target
         finally:
             half.unlink(missing_ok=True)
+
+
+def _unless_gone(error: OSError) -> None:
+    # A folder that may not be read must not look like one without files.
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _file_status(file: Path) -> os.stat_result | None:
