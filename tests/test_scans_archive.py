@@ -337,6 +337,7 @@ def test_ten_thousand_headers_of_headers_are_no_recursion(tmp_path: Path) -> Non
 def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "_FREE_BYTES", 1 << 20)
     monkeypatch.setattr(archive, "MOST_MEMBERS", 50)
+    monkeypatch.setattr(archive, "LEAST_MEMBER_BYTES", 1 << 40)
 
 
 @pytest.mark.usefixtures("small_bounds")
@@ -366,6 +367,12 @@ def test_more_members_than_anybody_needs_end_the_archive(tmp_path: Path) -> None
         assert kept(data, tmp_path) == [b""] * 50 + ["archive-bomb"]
     assert kept(folders, tmp_path) == ["archive-bomb"]
     assert kept(gzip.compress(b"") * 60, tmp_path) == ["archive-bomb"]
+
+
+def test_an_archive_of_files_with_content_may_hold_any_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "MOST_MEMBERS", 50)
+    many = [(f"{i}", bytes([i]) * 4096) for i in range(120)]
+    assert kept(tar(many), tmp_path) == [data for _, data in many]
 
 
 def folder(name: str) -> tarfile.TarInfo:

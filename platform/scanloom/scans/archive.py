@@ -29,7 +29,8 @@ from scanloom.scans.ranged import RangedFile
 from scanloom.store import Store
 
 MOST_MEMBERS = 100_000
-"""Files and folders that one archive may hold."""
+"""Files and folders that one archive may hold, and one more for every 4 KiB of it: an archive of scans has no limit."""
+LEAST_MEMBER_BYTES = 4096
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 _READ_AHEAD = 8 << 20
@@ -151,6 +152,12 @@ def _require_in_proportion(inflated: int, packed: int) -> None:
         raise reject("archive-bomb")
 
 
+def _require_plausible(members: int, place: int) -> None:
+    """Raise ScanError where so many members stand before `place` in an archive that they can hold nothing."""
+    if members >= MOST_MEMBERS + place // LEAST_MEMBER_BYTES:
+        raise reject("archive-bomb")
+
+
 # --- tar ------------------------------------------------------------------------------------------------------
 
 
@@ -174,16 +181,14 @@ class _Entry:
 
 
 def _tar_members(stream: _Stream) -> Iterator[_Member]:
-    for _ in range(MOST_MEMBERS):
-        entry = _entry(stream)
-        if entry is None:
-            break
+    number = 0
+    while (entry := _entry(stream)) is not None:
+        _require_plausible(number, stream.tell())
+        number += 1
         end = stream.tell() + entry.stored + -entry.stored % BLOCKSIZE
         if entry.kind != tarfile.DIRTYPE:
             yield entry.name, partial(_tar_content, stream, entry)
         stream.skip(end - stream.tell())
-    else:
-        raise reject("archive-bomb")
     # A second archive may be glued to the first; and the checksum of a gzip stream stands at its end.
     while piece := stream.read(_PIECE):
         if piece.strip(b"\0"):
@@ -281,8 +286,9 @@ def _zip_members(source: _ReadAhead) -> Iterator[_Member]:
         end = inflated = 0
         for number, info in enumerate(infos):
             # Members that share their bytes inflate without end.
-            if number >= MOST_MEMBERS or info.header_offset < end:
+            if info.header_offset < end:
                 raise reject("archive-bomb")
+            _require_plausible(number, info.header_offset)
             end = info.header_offset + zipfile.sizeFileHeader + info.compress_size  # type: ignore[attr-defined]
             if info.filename.endswith("/") and not info.file_size:
                 continue

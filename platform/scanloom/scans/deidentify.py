@@ -249,10 +249,11 @@ def keyword_of(tag: BaseTag) -> str:
 
 @functools.lru_cache(maxsize=8192)
 def _tag_name(tag: BaseTag) -> str:
-    """A tag as the report names it; private ones all alike, since their numbers can tell a device."""
-    if tag.is_private:
-        return "(private)"
-    return f"({tag.group:04X},{tag.element:04X}) {keyword_of(tag)}".strip()
+    """A tag as the report names it; those that the standard does not know all alike, since they can tell a device."""
+    keyword = keyword_of(tag)
+    if not keyword:
+        return "(private)" if tag.is_private else "(unknown)"
+    return f"({tag.group:04X},{tag.element:04X}) {keyword}"
 
 
 def _action(keyword: str, parsed: Mapping[str, str]) -> str:

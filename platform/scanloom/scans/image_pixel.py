@@ -11,7 +11,7 @@ from scanloom.scans.quarantine import reject
 
 MAX_PIXELS = 50_000_000
 """Samples of a frame; mammography, the largest of radiology, has about 25 million pixels of one sample."""
-MAX_FRAMES = 100_000
+MAX_FRAMES = 50_000
 
 ELEMENTS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 GRAY = frozenset({"MONOCHROME1", "MONOCHROME2"})
