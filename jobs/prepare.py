@@ -134,7 +134,7 @@ def _locate(recipe: Recipe, place: str) -> None:
         unit, member = (int(part) for part in place.split(":"))
         name = locate(plan.curation.source, plan.unit(unit), member)
     except (ValueError, IndexError) as error:
-        raise RecipeError(f"--locate {place}: expected UNIT:MEMBER as the quarantine table gives them") from error
+        raise RecipeError(f"--locate {place}: no such UNIT:MEMBER; the source may have changed since") from error
     console.result_table(f"unit {unit}, member {member}", ("source",), [(name,)])
 
 

@@ -27,7 +27,7 @@ from jobs import prepare
 from scanloom import artefact
 from scanloom.artefact import Artefact, open_artefact, verify
 from scanloom.embedded_s3 import EmbeddedS3
-from scanloom.errors import ArtefactError, RecipeError, ScanloomError
+from scanloom.errors import ArtefactError, RecipeError, ScanloomError, StoreError
 from scanloom.recipe import Recipe, load_recipe, parse_recipe
 from scanloom.scans import dicom_objects
 from scanloom.scans.corpus_plan import STAGING, CurationPlan, claim, plan_curation
@@ -464,6 +464,25 @@ def test_the_manifest_holds_the_recipe_of_its_own_version(tmp_path: Path) -> Non
         made = prepare._publish(plan, asked)
         assert parse_recipe(made.manifest.recipe, "manifest").uri("corpus") == made.uri
         assert made.manifest.statistics["version"] == version
+
+
+def test_a_version_that_has_none_before_it_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "in")
+    asked = recipe(str(tmp_path / "out"), str(tmp_path / "in")).model_copy(update={"corpus_version": 3})
+    with pytest.raises(RecipeError, match="corpus-v2 holds no corpus by the same rules"):
+        plan_curation(asked)
+
+
+def test_a_store_error_of_a_worker_names_no_file_of_the_source(tmp_path: Path) -> None:
+    fill(tmp_path / "in")
+    (tmp_path / "in" / "MRN-77-doe.tar").write_bytes(tar({"1": scan(1, 1)}))
+    plan = plan_curation(recipe(str(tmp_path / "out"), str(tmp_path / "in")))
+    claim(plan)
+    (tmp_path / "in" / "MRN-77-doe.tar").unlink()
+    with pytest.raises(StoreError) as error:
+        stage(plan, 0)
+    assert "MRN" not in str(error.value)
+    assert "unit 0, see --locate" in str(error.value)
 
 
 def test_files_that_come_while_an_unfinished_run_is_away_wait_for_the_next_version(tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ def refuse(content: bytes) -> Iterator[bytes]:
     raise ScanError("truncated", "PixelData", "the file ends before its content does")
 
 
+def fail(content: bytes) -> Iterator[bytes]:
+    yield content
+    raise LookupError("a value of the header: DOE^JANE")
+
+
 def code_of(fence: Fence, read: Callable[..., Iterator[bytes]]) -> tuple[list[bytes], str]:
     """What came before the refusal, and its code."""
     got: list[bytes] = []
@@ -87,6 +92,22 @@ def test_the_readers_own_refusal_comes_through() -> None:
     with Fence() as fence:
         assert code_of(fence, refuse) == ([b"content"], "truncated")
         assert list(fence.run(echo, b"next", 1)) == [b"next"]
+
+
+def test_an_error_that_nobody_foresaw_refuses_the_file_without_its_words() -> None:
+    with Fence() as fence:
+        assert code_of(fence, fail) == ([b"content"], "reader-failed")
+        assert list(fence.run(echo, b"next", 1)) == [b"next"]
+
+
+def test_a_hanging_reader_does_not_outlive_the_process_that_waits_for_it() -> None:
+    with Fence(patience_s=1.0) as fence:
+        list(fence.run(echo, b"warm", 1))
+        process = fence._process
+        assert process is not None
+        reading = fence.run(hang, b"x")
+        assert next(reading) == b"x"
+        assert process.wait(timeout=20) == -signal.SIGALRM  # nobody listens, as when the worker was killed
 
 
 def test_a_caller_that_stops_half_way_does_not_get_the_rest_with_the_next_file() -> None:

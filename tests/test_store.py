@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import boto3
 import pytest
 
 from scanloom.embedded_s3 import EmbeddedS3
@@ -348,3 +349,24 @@ def test_a_server_that_stays_overloaded_is_a_retryable_error(store_uri: str, pro
     with pytest.raises(StoreError, match="overloaded or failing") as caught:
         Store(store_uri).require_bucket()
     assert caught.value.retryable
+
+
+def test_folders_behind_links_are_listed_once_and_circles_end(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "scan").write_bytes(b"1")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "twice").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "in")
+    assert [found.key for found in Store(str(tmp_path / "in")).list()] == ["link/deep/scan"]
+
+
+@pytest.mark.s3
+def test_a_key_that_is_no_path_is_read_as_the_bucket_lists_it(store_uri: str) -> None:
+    bucket, _, prefix = store_uri.removeprefix("s3://").partition("/")
+    client = boto3.client("s3")
+    client.put_object(Bucket=bucket, Key=f"{prefix}/a//b", Body=b"scan")
+    store = Store(store_uri)
+    [found] = store.list()
+    assert store.read(found.key) == store.read_range(found.key, 0, found.bytes) == b"scan"
+    assert store.uri_of(found.key).startswith(store_uri)

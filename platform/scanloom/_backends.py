@@ -137,8 +137,8 @@ class Folder:
                 ObjectInfo(
                     file.relative_to(self.root).as_posix(), status.st_size, status.st_mtime, str(status.st_mtime_ns)
                 )
-                for folder, _, names in os.walk(self.root / prefix, onerror=_unless_gone)
-                for file in (Path(folder) / name for name in names)
+                for folder, names in _folders(self.root / prefix)
+                for file in (folder / name for name in names)
                 if (status := _file_status(file)) is not None
             ]
 
@@ -162,6 +162,19 @@ class Folder:
             yield half, target
         finally:
             half.unlink(missing_ok=True)
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below, also behind links, once; and the names in it."""
+    seen = set()
+    for folder, below, names in os.walk(root, onerror=_unless_gone, followlinks=True):
+        status = os.stat(folder)  # noqa: PTH116 - os.walk names folders by text
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below.sort()
+        yield Path(folder), names
 
 
 def _unless_gone(error: OSError) -> None:

@@ -49,7 +49,7 @@ class Store:
         return Store(self.uri_of(key))
 
     def uri_of(self, key: str) -> str:
-        return f"{self.uri.rstrip('/')}/{_checked(key)}" if key else self.uri
+        return f"{self.uri.rstrip('/')}/{self._listed(key)}" if key else self.uri
 
     @property
     def is_local(self) -> bool:
@@ -95,14 +95,14 @@ class Store:
             sinks[:] = [io.BytesIO()]
             return sinks[0]
 
-        self._backend.stream(_checked(key), sink)
+        self._backend.stream(self._listed(key), sink)
         return sinks[0].getvalue()
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; StoreError where the object is shorter."""
         if length == 0:
             return b""
-        data = self._backend.read_range(_checked(key), offset, length)
+        data = self._backend.read_range(self._listed(key), offset, length)
         if len(data) != length:
             raise StoreError(f"{self.uri_of(key)}: the object is shorter than the range asked for")
         return data
@@ -115,7 +115,7 @@ class Store:
             sinks[:] = [Sha256Sink()]
             return cast(BinaryIO, sinks[0])
 
-        self._backend.stream(_checked(key), sink)
+        self._backend.stream(self._listed(key), sink)
         return StoredFile(key, sinks[0].bytes, sinks[0].hexdigest())
 
     def write(self, key: str, data: bytes) -> None:
@@ -201,6 +201,10 @@ class Store:
     def presign(self, key: str, expires_s: int) -> str:
         """A URL that reads this object without credentials for `expires_s` seconds. S3 only."""
         return self._backend.presign(_checked(key), expires_s)
+
+    def _listed(self, key: str) -> str:
+        """A key to read. A bucket may hold any, such as `a//b`, and a listing gives it; a folder has proper ones."""
+        return _checked(key) if self.is_local else key
 
     def _everything(self, prefix: str) -> Sequence[ObjectInfo]:
         # Servers differ in order (SeaweedFS lists `a/b` before `a-b/x`).

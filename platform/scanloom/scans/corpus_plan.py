@@ -122,8 +122,8 @@ def plan_curation(recipe: Recipe) -> CurationPlan:
 
     The version is the recipe's, or a later one where the source has grown since.
 
-    Raises RecipeError: no prepare section, an empty source, no pseudonym key, attributes the source cannot give;
-    ArtefactError where files vanished or changed while an unfinished run was away.
+    Raises RecipeError: no prepare section, an empty source, no pseudonym key, attributes the source cannot give, a
+    version without the one before it; ArtefactError where files vanished or changed while an unfinished run was away.
     """
     section = _section(recipe)
     schema = AttributeSchema(declarations=recipe.attributes)
@@ -230,6 +230,11 @@ def _version(
             _require_present(there, files)
             return number, _former(before, there), there
         number, before = number + 1, there
+    if recipe.corpus_version > 1 and before is None:
+        raise RecipeError(
+            f"corpus_version {recipe.corpus_version}: {_folder(recipe, number - 1).uri} holds no corpus by the same "
+            "rules to grow from; leave corpus_version out"
+        )
     return number, before if before and before.finished else None, None
 
 

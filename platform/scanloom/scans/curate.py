@@ -9,7 +9,9 @@ killed anywhere finds what is staged and what is committed.
 
 from __future__ import annotations
 
+import signal
 import tempfile
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scanloom.errors import RecipeError, ScanError, ScanloomError
+from scanloom.errors import RecipeError, ScanError, ScanloomError, StoreError
 from scanloom.recipe import Split
 from scanloom.scans.burned_in import text_lines
 from scanloom.scans.corpus_plan import STAGING, Curation, pseudonyms_of
@@ -29,7 +31,7 @@ from scanloom.scans.fingerprint import fingerprint
 from scanloom.scans.isolation import Fence
 from scanloom.scans.quarantine import reject
 from scanloom.scans.resize import fit
-from scanloom.scans.scan import Context, Scan
+from scanloom.scans.scan import Context, Found, Scan
 from scanloom.scans.sources import read_unit
 from scanloom.scans.tally import QUARANTINE, SPLITS, corpus_statistics, shard_tally
 from scanloom.scans.units import Unit
@@ -47,6 +49,8 @@ from scanloom.shards.writer import ParquetSpool, png_bytes
 from scanloom.store import Store
 
 _TABLES = (*SPLITS, QUARANTINE)
+PATIENCE_S = 600.0
+"""Longest time between two scans: more than the slowest store takes for the largest file."""
 _ROW_BYTES = 512
 """About what a row weighs beside its image."""
 
@@ -98,7 +102,7 @@ def curated_unit(unit: Unit, curation: Curation, *, fenced: bool = False) -> Ite
         warnings.simplefilter("ignore")
         tables = _Tables(Path(folder), curation)
         counted = -1
-        for member, frame, found in read_unit(curation.source, unit, context):
+        for member, frame, found in _watched(_anonymous(read_unit(curation.source, unit, context), unit)):
             if isinstance(found, Scan):
                 try:
                     tables.add(
@@ -113,6 +117,36 @@ def curated_unit(unit: Unit, curation: Curation, *, fenced: bool = False) -> Ite
                     found = error
             tables.add(QUARANTINE, _quarantine_row(unit.index, unit.name, member, frame, found))
         yield tables.close(), actions
+
+
+def _anonymous(found: Iterator[Found], unit: Unit) -> Iterator[Found]:
+    """What is found, and StoreErrors without the names of the source's files, which can identify patients."""
+    try:
+        yield from found
+    except StoreError as error:
+        text = str(error)
+        for number, file in enumerate(unit.files):
+            text = text.replace(f"/{file.key}", f"/(file {number} of unit {unit.index}, see --locate)")
+        raise StoreError(text, retryable=error.retryable) from None
+
+
+def _watched(found: Iterator[Found]) -> Iterator[Found]:
+    """What is found, while the kernel ends this process if it takes ten minutes to find the next.
+
+    A codec that hangs cannot be interrupted otherwise; the unit is then read again behind the fence.
+    """
+    mine = threading.current_thread() is threading.main_thread() and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    try:
+        while True:
+            if mine:
+                signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
+            item = next(found, None)
+            if item is None:
+                return
+            yield item
+    finally:
+        if mine:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 class _Tables:

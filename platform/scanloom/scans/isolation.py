@@ -11,6 +11,7 @@ import os
 import pickle
 import resource
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, BinaryIO, cast
 
+from scanloom.errors import ScanloomError
 from scanloom.scans.quarantine import reject
 
-PATIENCE_S = 60.0
+PATIENCE_S = 30.0
 """Longest silence of the other process between two results."""
 MEMORY_BYTES = 6 << 30
 """Address space of the other process; far above what any file that is read needs."""
@@ -49,9 +51,9 @@ class Fence:
     def run(self, read: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
         """What `read(*arguments)` yields, and whatever it raises.
 
-        A reader that dies or falls silent raises ScanError: reader-died, reader-hung.
+        A reader that dies, falls silent or fails unforeseen raises ScanError: reader-died, reader-hung, reader-failed.
         """
-        process = self._process = self._process or _start()
+        process = self._process = self._process or _start(self._patience_s)
         self._send(process, pickle.dumps((read, arguments)))
         whole = False
         try:
@@ -97,9 +99,9 @@ class Fence:
         return b"".join(pieces)
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start(patience_s: float) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-m", "scanloom.scans.isolation"]
+    command = [sys.executable, "-m", "scanloom.scans.isolation", str(2 * patience_s)]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, bufsize=0
     )
@@ -111,29 +113,39 @@ def _write(stream: BinaryIO, message: bytes) -> None:
         view = view[stream.write(view) :]
 
 
-def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer requests until there are no more."""
+def _serve(requests: BinaryIO, answers: BinaryIO, alarm_s: float) -> None:
+    """Answer requests until there are no more.
+
+    The kernel ends this process when an item takes longer than `alarm_s`, also inside a codec and with nobody left on
+    the other side to do it.
+    """
     while head := requests.read(_LENGTH.size):
         read, arguments = pickle.loads(requests.read(_LENGTH.unpack(head)[0]))
+        signal.setitimer(signal.ITIMER_REAL, alarm_s)
         try:
             for item in read(*arguments):
                 _write(answers, _ITEM + pickle.dumps(item))
+                signal.setitimer(signal.ITIMER_REAL, alarm_s)
+        except ScanloomError as error:
+            _write(answers, _RAISED + pickle.dumps(error))
         except MemoryError:
             _write(answers, _RAISED + pickle.dumps(reject("reader-died")))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised again on the other side
-            _write(answers, _RAISED + pickle.dumps(error))
+        except Exception:  # noqa: BLE001 - whatever it is, its text may quote the file
+            _write(answers, _RAISED + pickle.dumps(reject("reader-failed")))
         else:
             _write(answers, _END)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _main() -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     # Whatever a library prints must not get between the answers.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     with suppress(BrokenPipeError, KeyboardInterrupt):
-        _serve(os.fdopen(os.dup(0), "rb"), cast(BinaryIO, answers))
+        _serve(os.fdopen(os.dup(0), "rb"), cast(BinaryIO, answers), float(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ CODES: Mapping[str, str] = {
     "unsupported-syntax": "the transfer syntax is not named, or there is no decoder for it",
     "undecodable-pixels": "the pixel data cannot be decoded",
     "reader-died": "reading the file ended the process that read it, or ate its memory",
+    "reader-failed": "reading the file ended in an error that nobody foresaw",
     "reader-hung": "reading the file came to no end",
     "blank-image": "every pixel has the same value once shown through its window",
     # who it is of, and whether it may be used
