@@ -51,8 +51,8 @@ def connected() -> Iterator[None]:
             # Without an address Ray would join whatever cluster somebody started on this machine.
             address=address or "local",
             num_cpus=None if address else (os.cpu_count() or 1) + SPARE_CPUS,
-            # What a cluster of our own starts inherits the environment. Ray logs a runtime_env in clear.
-            runtime_env={"env_vars": _forwarded()} if address else None,
+            # What a cluster of our own starts inherits the environment.
+            runtime_env={"worker_process_setup_hook": _environment()} if address else None,
             log_to_driver=False,
             include_dashboard=False,
             logging_level=logging.WARNING,
@@ -65,8 +65,13 @@ def connected() -> Iterator[None]:
             ray.shutdown()
 
 
-def _forwarded() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+def _environment() -> Callable[[], None]:
+    """What a worker of another cluster does first: it takes over this process's credentials and settings.
+
+    As a function, not as the `env_vars` of a runtime environment: those Ray writes into its nodes' logs, in clear.
+    """
+    forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+    return lambda: os.environ.update(forwarded)
 
 
 def require_room(cpus: int, gpus: float, what: str) -> None:

@@ -65,7 +65,9 @@ def test_a_source_is_told_shown_and_given_a_recipe_that_runs(
     assert canaries_in(everything) == []
     assert canaries_in(sheet.read_bytes()) == []
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    assert prepare.main([str(recipe), "--set", f"store={tmp_path / 'out'}", "--set", "prepare.size_px=32"]) == 0
+    # The waves of these small scans stand in rows like glyphs.
+    chosen = (f"store={tmp_path / 'out'}", "prepare.size_px=32", "prepare.burned_in_text=flag")
+    assert prepare.main([str(recipe), *(part for each in chosen for part in ("--set", each))]) == 0
     statistics = open_artefact(str(tmp_path / "out" / "corpus")).manifest.statistics
     assert statistics["rows"] == found["scans"]
     assert statistics["quarantined"] == found["quarantine"]
