@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from scanloom.scans.phantoms import phantom
+
 Gray = npt.NDArray[np.uint8]
 Ink = Literal["white", "black", "boxed", "gray"]
 Place = Literal["top-left", "top-right", "bottom-left", "bottom-right", "centre", "left-edge"]
@@ -157,3 +159,16 @@ def _corner(place: Place, shape: tuple[int, ...], size: tuple[int, ...], cap_px:
         "centre": middle,
         "left-edge": (middle[0], 0),
     }[place]
+
+
+def random_lines(size_px: int, count: int) -> list[npt.NDArray[np.uint8]]:
+    """Phantoms with one white line each, of 12, 16 and 20 px in turn, wherever it has room: also over bright tissue."""
+    place = np.random.default_rng(size_px)
+    made = []
+    for number in range(count):
+        picture = Image.fromarray(phantom(0, number, size_px).pixels)
+        at = int(place.integers(2, size_px // 4)), int(place.integers(2, size_px - 26))
+        font = ImageFont.load_default((12, 16, 20)[number % 3])
+        ImageDraw.Draw(picture).text(at, "DOE^JANE 1950-09-15", fill=255, font=font)
+        made.append(np.asarray(picture))
+    return made

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from scanloom.scans.burned_in import TextLine, text_lines
 from scanloom.scans.phantoms import phantom
-from tests.made_text import FONTS, INKS, LINES, PLACES, Burned, burn, fonts
+from tests.made_text import FONTS, INKS, LINES, PLACES, Burned, burn, fonts, random_lines
 
 CAPS_PX = (8, 10, 12, 16, 24, 40, 60)
 MOST_MISSED = 1
@@ -166,7 +166,7 @@ def test_a_page_of_text_is_read_whole() -> None:
 def test_real_scans_are_flagged_for_their_words_alone(nih_png: Path) -> None:
     # Each of these was looked at: PORTABLE, AP PORTABLE or PORT stands where the line is.
     true = {"00001373_010", "00001460_004", "00001986_007", "00002262_010", "00002576_008"}
-    true |= {"00005567_000", "00005567_002", "00006008_010", "00007256_004"}
+    true |= {"00004533_020", "00005567_000", "00005567_002", "00006008_010", "00007256_004"}
     found = {
         path.stem for path in sorted((nih_png / "images").glob("*.png")) if text_lines(np.asarray(Image.open(path)))
     }
@@ -175,3 +175,19 @@ def test_real_scans_are_flagged_for_their_words_alone(nih_png: Path) -> None:
 
 def test_a_line_says_nothing_of_what_is_written() -> None:
     assert set(TextLine.__slots__) == {"top", "left", "height", "width", "glyphs"}
+
+
+@pytest.mark.parametrize("size_px, least", [(256, 0.7), (512, 0.95)])
+def test_white_lines_at_random_places_of_small_scans_are_seen(size_px: int, least: float) -> None:
+    """Fewer at 256 px, where glyphs are as large as ribs are thick."""
+    places = random_lines(size_px, 60)
+    assert sum(bool(text_lines(place)) for place in places) >= least * len(places)
+
+
+def test_a_line_in_a_scan_of_forty_million_pixels_is_found_where_it_stands() -> None:
+    pixels = np.zeros((6400, 6400), np.uint8)
+    picture = Image.fromarray(pixels)
+    ImageDraw.Draw(picture).text((4000, 3000), "DOE^JANE 1950-09-15", fill=230, font=ImageFont.load_default(80))
+    (line,) = text_lines(np.asarray(picture))
+    assert 2950 < line.top < 3080
+    assert 3950 < line.left < 4050
