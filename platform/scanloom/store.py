@@ -62,7 +62,7 @@ class Store:
 
     def path(self, key: str = "") -> str:
         """What `filesystem` calls the object: no scheme."""
-        return self._backend.path(_checked(key))
+        return self._backend.path(self._listed(key))
 
     def require_bucket(self) -> None:
         """Raise StoreError unless the store answers: no such bucket, refused credentials, unreachable endpoint."""
