@@ -47,8 +47,8 @@ TABLE = ROOT / "docs" / "throughput.md"
 SIZE_PX, BITS, DISTINCT = 256, 12, 24
 LEAST = {"explicit": 1.5, "rle": 1.2, "jpeg-ls": 1.2, "jpeg-2000": 1.0}
 NAMES = {"explicit": "native", "rle": "RLE", "jpeg-ls": "JPEG-LS", "jpeg-2000": "JPEG 2000"}
-SHARDS = {"explicit": 48, "rle": 32, "jpeg-ls": 16, "jpeg-2000": 6}
-"""Of 50 scans each: some ten seconds of work for one core."""
+SHARDS = {"explicit": 32, "rle": 24, "jpeg-ls": 12, "jpeg-2000": 6}
+"""Of 50 scans each: some seconds of work for one core."""
 LEAST_SCALING, MOST_GROWTH = 1.8, 1.15
 ATTRIBUTES = [
     {"name": "sex", "kind": "category", "source": "PatientSex", "values": ["F", "M"]},
@@ -142,9 +142,8 @@ def per_cpu_second(program: Callable[[Store, Store], int], source: Store, sink: 
 def rates(root: Store, syntax: str, shards: int, rounds: int) -> tuple[list[float], list[float]]:
     """Median rates of the plain program, scanloom without and with the search for text; the two median ratios.
 
-    Over the first quarter of the shards.
+    Over a quarter of the shards.
     """
-    fill(root.at(f"in-{syntax}"), syntax, shards, 50)
     source = root.at(f"few-{syntax}")
     fill(source, syntax, max(2, shards // 4), 50)
     programs = (plain, prepared, partial(prepared, text="quarantine"))
@@ -152,6 +151,7 @@ def rates(root: Store, syntax: str, shards: int, rounds: int) -> tuple[list[floa
         [per_cpu_second(run, source, root.at(f"out-{syntax}-{turn}-{i}")) for i, run in enumerate(programs)]
         for turn in range(rounds + 1)
     ][1:]  # the first turn also loads the codecs
+    print(syntax, *(f"{rate:.0f}/s" for turn in turns for rate in turn), file=sys.stderr)  # noqa: T201
     medians = [statistics.median(column) for column in zip(*turns, strict=True)]
     return medians, [statistics.median(turn[i] / turn[0] for turn in turns) for i in (1, 2)]
 
@@ -169,6 +169,7 @@ def scaling(root: Store, syntax: str, rounds: int) -> float:
             stage(plan)
             seconds.append(time.monotonic() - started)
         factors.append(seconds[0] / seconds[1])
+        print(syntax, *(f"{s:.1f} s" for s in seconds), file=sys.stderr)  # noqa: T201
     return statistics.median(factors[1:])  # the first turn starts the workers
 
 
@@ -211,46 +212,74 @@ apply_voi_lut, Pillow's resize and pyarrow's writer: it renames nobody, hashes n
 geometry and quarantines nothing. "With text search" is the default, `prepare.burned_in_text: quarantine`; the column
 before it leaves that search out, which the plain program does not do either.
 
-| transfer syntax | plain program | scanloom | ratio | with text search | ratio | two workers to one |
-|---|---|---|---|---|---|---|
 """
+PARTS = ("rates", "scaling", "memory")
 
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--quick", action="store_true", help="a tenth of the scans; docs/throughput.md is left alone")
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure and to write")
     asked = options.parse_args()
     os.environ.setdefault(KEY_VARIABLE, "bench" * 8)
-    least = 1 if asked.quick else 10
+    text, missed = HEAD.format(machine=_machine()), []
     with tempfile.TemporaryDirectory() as folder, EmbeddedS3(Path(folder)) as s3:
         os.environ.update(s3.environment)
         s3.create_bucket("bench")
-        root, missed, text = Store("s3://bench/run"), [], HEAD.format(machine=_machine())
-        shards = {syntax: max(2, count * least // 10) for syntax, count in SHARDS.items()}
-        measured = {syntax: rates(root, syntax, shards[syntax], asked.rounds) for syntax in LEAST}
-        with connected():
-            scaled = {syntax: scaling(root, syntax, asked.rounds) for syntax in LEAST}
-        for syntax, ((peer, ours, searching), ratios) in measured.items():
-            text += (
-                f"| {NAMES[syntax]} | {peer:.0f}/s | {ours:.0f}/s | {ratios[0]:.2f} | {searching:.0f}/s "
-                f"| {ratios[1]:.2f} | {scaled[syntax]:.2f} |\n"
-            )
-            missed += [f"{syntax}: ratio {ratios[0]:.2f}"] * (ratios[0] < LEAST[syntax])
-            missed += [f"{syntax}: two workers {scaled[syntax]:.2f}"] * (scaled[syntax] < LEAST_SCALING)
-        peaks = []
-        for scans in (100 * least, 2000 * least):
-            fill(root.at(f"one-{scans}"), "explicit", 1, scans, side_px=128)
-            peaks.append(peak_memory(root.at(f"one-{scans}"), root.at(f"one-{scans}-out")) / 1e6)
-        text += (
-            f"\nPeak memory of driver and workers while one tar is read, {100 * least:,} scans: {peaks[0]:.0f} MB; "
-            f"{2000 * least:,} scans: {peaks[1]:.0f} MB ({peaks[1] / peaks[0]:.2f} times).\n"
-        )
-        missed += ["memory grows"] * (peaks[1] > MOST_GROWTH * peaks[0])
+        root = Store("s3://bench/run")
+        for part, measure in (("rates", rates_table), ("scaling", scaling_table), ("memory", memory_table)):
+            if part in asked.parts:
+                table, short = measure(root, asked.rounds)
+                text, missed = f"{text}\n{table}", missed + short
+                TABLE.write_text(text)
     print(text, *missed, sep="\n")  # noqa: T201
-    if not asked.quick:
-        TABLE.write_text(text)
     return 1 if missed else 0
+
+
+def rates_table(root: Store, rounds: int) -> tuple[str, list[str]]:
+    """The table of rates per CPU-second, and the ratios that are below what is asked."""
+    lines = [
+        "Scans per CPU-second of one process:\n",
+        "| transfer syntax | plain program | scanloom | ratio | with text search | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    missed = []
+    for syntax, least in LEAST.items():
+        (peer, ours, searching), (ratio, with_text) = rates(root, syntax, SHARDS[syntax], rounds)
+        name = NAMES[syntax]
+        lines.append(f"| {name} | {peer:.0f} | {ours:.0f} | {ratio:.2f} | {searching:.0f} | {with_text:.2f} |")
+        missed += [f"{syntax}: ratio {ratio:.2f}, asked {least}"] * (ratio < least)
+    return "\n".join([*lines, ""]), missed
+
+
+def scaling_table(root: Store, rounds: int) -> tuple[str, list[str]]:
+    """How much faster two workers are than one, the server and the driver beside them on the same cores."""
+    lines = [
+        "Two workers to one, whole runs on Ray, with text search:\n",
+        "| transfer syntax | times as fast |",
+        "|---|---|",
+    ]
+    missed = []
+    with connected():
+        for syntax in LEAST:
+            fill(root.at(f"in-{syntax}"), syntax, SHARDS[syntax], 50)
+            factor = scaling(root, syntax, rounds)
+            lines.append(f"| {NAMES[syntax]} | {factor:.2f} |")
+            missed += [f"{syntax}: two workers {factor:.2f}, asked {LEAST_SCALING}"] * (factor < LEAST_SCALING)
+    return "\n".join([*lines, ""]), missed
+
+
+def memory_table(root: Store, _: int) -> tuple[str, list[str]]:
+    """Peak memory with 1,000 and with 20,000 scans in one tar."""
+    peaks = []
+    for scans in (1000, 20_000):
+        fill(root.at(f"one-{scans}"), "explicit", 1, scans, side_px=128)
+        peaks.append(peak_memory(root.at(f"one-{scans}"), root.at(f"one-{scans}-out")) / 1e6)
+    text = (
+        "Peak memory of driver and workers while one tar is read: "
+        f"{peaks[0]:.0f} MB with 1,000 scans, {peaks[1]:.0f} MB with 20,000 ({peaks[1] / peaks[0]:.2f} times).\n"
+    )
+    return text, [f"memory grows {peaks[1] / peaks[0]:.2f} times"] * (peaks[1] > MOST_GROWTH * peaks[0])
 
 
 def _machine() -> str:
