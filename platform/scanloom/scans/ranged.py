@@ -42,9 +42,9 @@ class RangedFile(io.RawIOBase):
             return self._store.read_range(self._key, self._at, length)
         for attempt in range(_ATTEMPTS):
             try:
-                if self._open is None:
-                    self._open = self._store.filesystem.open_input_file(self._store.path(self._key))
-                data: bytes = self._open.read_at(length, self._at)
+                opened = self._open or self._store.filesystem.open_input_file(self._store.path(self._key))
+                self._open = opened
+                data: bytes = opened.read_at(length, self._at)
             except FileNotFoundError as error:
                 raise StoreError(f"{self._store.uri_of(self._key)}: no such object") from error
             except OSError as error:
