@@ -20,7 +20,7 @@ from scanloom import console
 from scanloom.artefact import Artefact, find_artefact, publish
 from scanloom.errors import RecipeError, ScanloomError
 from scanloom.recipe import Recipe
-from scanloom.scans.corpus_plan import CurationPlan, claim, plan_curation
+from scanloom.scans.corpus_plan import STAGING, CurationPlan, claim, plan_curation
 from scanloom.scans.curate import (
     clean,
     duplicates,
@@ -35,7 +35,7 @@ from scanloom.scans.near_duplicates import report_near_duplicates
 from scanloom.scans.quarantine import CODES
 from scanloom.scans.sources import locate
 from scanloom.scans.tally import SPLITS
-from scanloom.shards.commit import ShardCommit, committed
+from scanloom.shards.commit import ShardCommit, committed, committed_shards
 from scanloom.store import Store
 
 # A driver that tracks more tasks than this spends its time on them; units then share a task.
@@ -61,7 +61,7 @@ def prepare(recipe: Recipe) -> None:
 
 def stage(plan: CurationPlan) -> dict[int, ShardCommit]:
     """Read every unit that is not staged yet, or take it over from the version before; all the staged shards."""
-    present = staged(plan.curation).keys()
+    present = committed_shards(plan.curation.store.at(STAGING))
     missing = [unit for unit in plan.units if unit.index not in present]
     rows = [{"unit": unit.model_dump_json(), "taken_over": plan.taken_over_json(unit.index)} for unit in missing]
     _distribute("read", rows, stage_unit, plan)
