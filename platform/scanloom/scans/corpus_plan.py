@@ -6,6 +6,7 @@ of the units that are still as they were (scans.units) and reads the rest.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,11 @@ class _Version:
     finished: bool
     read: frozenset[int]
     """Units that are staged: what becomes of their files no longer matters."""
+
+    @functools.cached_property
+    def shards(self) -> dict[int, ShardCommit]:
+        """Its committed shards by unit, read once."""
+        return committed(self.store, self.plan)
 
 
 def plan_curation(recipe: Recipe) -> CurationPlan:
@@ -265,7 +271,7 @@ def _listing(rules: str, files: Mapping[str, SourceFile], before: _Version | Non
         return listing_of(rules, cut(list(files.values()), files_per_unit, 0), files)
     facts = {
         unit: ShardFacts(shard.rows, "duplicate" in shard.statistics["quarantined"])
-        for unit, shard in committed(before.store, before.plan).items()
+        for unit, shard in before.shards.items()
     }
     return listing_of(rules, grown(before.listing, files, facts, files_per_unit), files, before.plan)
 
@@ -273,9 +279,8 @@ def _listing(rules: str, files: Mapping[str, SourceFile], before: _Version | Non
 def _taken_over(listing: Listing, before: _Version | None) -> dict[int, ShardCommit]:
     if before is None:
         return {}
-    shards = committed(before.store, before.plan)
     same = set(before.listing.units)
-    return {unit.index: shards[unit.index] for unit in listing.units if unit in same}
+    return {unit.index: before.shards[unit.index] for unit in listing.units if unit in same}
 
 
 def _begun(store: Store, rules: str) -> _Version | None:
