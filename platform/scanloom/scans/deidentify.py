@@ -84,7 +84,7 @@ class Pseudonyms:
 
     def digest(self, purpose: str, content: bytes) -> str:
         """HMAC-SHA256 in hex; different purposes never collide."""
-        return hmac.new(self._key, purpose.encode() + b"\0" + content, hashlib.sha256).hexdigest()
+        return hmac.digest(self._key, purpose.encode() + b"\0" + content, "sha256").hex()
 
 
 def pseudonyms_from_environment() -> Pseudonyms:

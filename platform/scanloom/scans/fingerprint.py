@@ -82,9 +82,13 @@ def _averages(pixels: Pixels) -> Floats:
 
 def _ranks(values: Floats) -> Floats:
     """Each value's rank, -0.5 to 0.5, equal values sharing the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - 0.5 * (counts + 1)) / values.size - 0.5
-    return np.asarray(ranks[place].reshape(values.shape))
+    order = np.argsort(values, axis=None)
+    ascending = values.ravel()[order]
+    first = np.flatnonzero(np.concatenate(([True], ascending[1:] != ascending[:-1])))
+    counts = np.diff(first, append=values.size)
+    ranks = np.empty(values.size)
+    ranks[order] = np.repeat((first + 0.5 * (counts - 1)) / values.size - 0.5, counts)
+    return ranks.reshape(values.shape)
 
 
 @lru_cache(maxsize=1)
