@@ -20,17 +20,8 @@ from scanloom import console
 from scanloom.artefact import Artefact, find_artefact, publish
 from scanloom.errors import RecipeError, ScanloomError
 from scanloom.recipe import Recipe
+from scanloom.scans import curate
 from scanloom.scans.corpus_plan import STAGING, CurationPlan, claim, plan_curation
-from scanloom.scans.curate import (
-    clean,
-    duplicates,
-    finished_statistics,
-    rejections,
-    settle_unit,
-    stage_unit,
-    staged,
-    too_few_left,
-)
 from scanloom.scans.near_duplicates import report_near_duplicates
 from scanloom.scans.quarantine import CODES
 from scanloom.scans.sources import locate
@@ -40,6 +31,9 @@ from scanloom.store import Store
 
 # A driver that tracks more tasks than this spends its time on them; units then share a task.
 MOST_TASKS = 2000
+# A worker: tasks start at once, but Ray Data takes up to 0.2 s to start the next. Actors take seconds to start, and
+# then have their next units at hand.
+FEW_UNITS = 6
 
 
 def prepare(recipe: Recipe) -> None:
@@ -55,7 +49,7 @@ def prepare(recipe: Recipe) -> None:
         with connected():
             _settle(plan, stage(plan))
     artefact = finished or _publish(plan, recipe)
-    clean(plan.curation)
+    curate.clean(plan.curation)
     _report(artefact, plan, recipe, "was finished before" if finished else f"{time.monotonic() - started:.0f} s")
 
 
@@ -64,19 +58,19 @@ def stage(plan: CurationPlan) -> dict[int, ShardCommit]:
     present = committed_shards(plan.curation.store.at(STAGING))
     missing = [unit for unit in plan.units if unit.index not in present]
     rows = [{"unit": unit.model_dump_json(), "taken_over": plan.taken_over_json(unit.index)} for unit in missing]
-    _distribute("read", rows, stage_unit, plan)
-    return staged(plan.curation)
+    _distribute("read", rows, curate.stage_unit, plan)
+    return curate.staged(plan.curation)
 
 
 def _settle(plan: CurationPlan, shards: Mapping[int, ShardCommit]) -> None:
     """Commit every shard that is not yet, without the scans that are duplicates of earlier ones."""
-    losers = duplicates(shards)
-    if refusal := too_few_left(shards, losers, plan.section.max_rejected_share):
-        _show_quarantine(rejections(shards, losers))
+    losers = curate.duplicates(shards)
+    if refusal := curate.too_few_left(shards, losers, plan.section.max_rejected_share):
+        _show_quarantine(curate.rejections(shards, losers))
         raise ScanloomError(refusal)
     missing = shards.keys() - committed(plan.curation.store, plan.curation.plan).keys()
     rows = [{"staged": shards[unit].model_dump_json(), "losers": losers.get(unit, [])} for unit in sorted(missing)]
-    _distribute("commit", rows, settle_unit, plan)
+    _distribute("commit", rows, curate.settle_unit, plan)
 
 
 def _distribute(
@@ -86,8 +80,13 @@ def _distribute(
     if not rows:
         return
     units: ray.data.Dataset = ray.data.from_items(list(rows), override_num_blocks=min(len(rows), MOST_TASKS))
-    pool = ray.data.TaskPoolStrategy(size=min(plan.section.workers, len(rows)))
-    done = units.map(work, fn_kwargs={"curation": plan.curation}, num_cpus=1, compute=pool)
+    workers = plan.section.workers
+    if len(rows) > FEW_UNITS * workers:
+        actors = ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=4)
+        done = units.map(curate.UnitWorker, fn_constructor_args=(work, plan.curation), num_cpus=1, compute=actors)
+    else:
+        tasks = ray.data.TaskPoolStrategy(size=min(workers, len(rows)))
+        done = units.map(work, fn_kwargs={"curation": plan.curation}, num_cpus=1, compute=tasks)
     totals: Counter[str] = Counter()
     with console.progress(what, len(plan.listing.units), "units", done=len(plan.listing.units) - len(rows)) as advance:
         for counts in done.iter_rows():
@@ -100,7 +99,7 @@ def _publish(plan: CurationPlan, recipe: Recipe) -> Artefact:
     commits = committed(store, plan.curation.plan)
     pairs, counts = report_near_duplicates(store, commits.values(), plan.section.near_duplicate_bits)
     files = [file for commit in commits.values() for file in commit.files.values()]
-    statistics = finished_statistics(commits.values(), plan.curation) | counts | {"version": plan.version}
+    statistics = curate.finished_statistics(commits.values(), plan.curation) | counts | {"version": plan.version}
     made_by = recipe.model_copy(update={"corpus_version": plan.version})
     return publish(
         store, kind="corpus", name=recipe.name, recipe=made_by.model_dump(mode="json"), inputs=plan.lineage,

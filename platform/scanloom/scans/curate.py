@@ -14,7 +14,7 @@ import tempfile
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,16 @@ def stage_unit(row: Mapping[str, Any], curation: Curation) -> dict[str, int]:
         rejected = pq.read_metadata(spooled[QUARANTINE]).num_rows if QUARANTINE in spooled else 0
         rows = sum(pq.read_metadata(path).num_rows for path in spooled.values())
         return {"scans": rows - rejected, "rejected": rejected}
+
+
+class UnitWorker:
+    """`stage_unit` or `settle_unit` in the form that Ray Data's actors take."""
+
+    def __init__(self, work: Callable[[Mapping[str, Any], Curation], dict[str, int]], curation: Curation) -> None:
+        self._work, self._curation = work, curation
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, int]:
+        return self._work(row, self._curation)
 
 
 def _tried_before(staging: Store, unit: Unit) -> bool:
