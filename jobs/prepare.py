@@ -83,7 +83,8 @@ def _distribute(
     workers = plan.section.workers
     if len(rows) > FEW_UNITS * workers:
         actors = ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=4)
-        done = units.map(curate.UnitWorker, fn_constructor_args=(work, plan.curation), num_cpus=1, compute=actors)
+        worker: Any = curate.UnitWorker  # Ray's annotation of `map` leaves out the classes that it takes
+        done = units.map(worker, fn_constructor_args=(work, plan.curation), num_cpus=1, compute=actors)
     else:
         tasks = ray.data.TaskPoolStrategy(size=min(workers, len(rows)))
         done = units.map(work, fn_kwargs={"curation": plan.curation}, num_cpus=1, compute=tasks)

@@ -243,6 +243,14 @@ def test_a_wrong_environment_is_told_in_one_line(
 
 
 @pytest.mark.s3
+def test_a_refused_upload_of_a_file_is_typed(store_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StoreError, match="refused the credentials"):
+        Store(store_uri).put("file", tmp_path / "file")
+
+
+@pytest.mark.s3
 def test_no_credentials_at_all_is_told(store_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow.fs
-from boto3.s3.transfer import TransferConfig
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from boto3.session import Session
 from botocore.config import Config
 from botocore.exceptions import (
@@ -271,8 +271,10 @@ class Bucket:
             return True
 
     def upload(self, source: Path, key: str) -> None:
-        with self._errors(key), source.open("rb") as stream:
-            self._s3.upload_fileobj(stream, self.name, self._key(key), Config=_MULTIPART)
+        # By its name: of an open file, up to ten parts would be held in memory. Not by the client's upload_file, which
+        # hides why a store refused.
+        with os_errors(str(source)), self._errors(key), create_transfer_manager(self._s3, _MULTIPART) as transfers:
+            transfers.upload(str(source), self.name, self._key(key)).result()
 
     def copy(self, key: str, to: str) -> None:
         with self._errors(key):

@@ -66,7 +66,7 @@ def jpeg_header(frame: bytes) -> Codestream:
 def _markers(frame: bytes) -> npt.NDArray[np.uint8]:
     """Every byte that follows one of 0xFF, in their order: to search the bytes themselves takes four times as long."""
     content = np.frombuffer(frame, np.uint8)
-    return content[1:][content[:-1] == 0xFF]
+    return np.asarray(content[1:][content[:-1] == 0xFF])
 
 
 def _application_colour(marker: int, body: bytes) -> str:

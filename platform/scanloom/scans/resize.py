@@ -101,7 +101,7 @@ def _averaged(pixels: Pixels, down: int, across: int) -> Pixels:
     """Means of blocks: what `_resampled` gives where whole pixels are all there is to average, at half of the cost."""
     bands = pixels.reshape(-1, down, pixels.shape[1]).sum(axis=1, dtype=np.uint32)
     sums = functools.reduce(np.add, (bands[:, start::across] for start in range(across)))
-    return np.rint(sums / (down * across)).astype(pixels.dtype)
+    return np.asarray(np.rint(sums / (down * across)), dtype=pixels.dtype)
 
 
 def _centred(pixels: Pixels, size_px: int) -> Pixels:
