@@ -6,7 +6,9 @@ decodes it without being told.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 
 import pyarrow as pa
 
@@ -71,12 +73,33 @@ def corpus_schema(attributes: AttributeSchema) -> pa.Schema:
     return pa.schema(columns, metadata=_IMAGE_FEATURE)
 
 
-def latents_schema(attributes: AttributeSchema, latent_shape: tuple[int, int, int]) -> pa.Schema:
-    """One row an encoded scan: the posterior's mean and log-variance, flattened from (channels, height, width)."""
-    channels, height, width = latent_shape
-    latent = pa.list_(pa.float16(), channels * height * width)
-    columns = [pa.field("id", pa.string()), pa.field("mean", latent), pa.field("logvar", latent)]
-    return pa.schema([*columns, *attributes.arrow_fields()])
+PROMPTS = "prompts"
+"""The folder of a latents artefact that holds the embeddings of its distinct prompts."""
+SHAPE = b"shape"
+"""Key of a column's metadata: the shape of each of its flattened arrays, as in `77,768`."""
+
+
+def latents_schema(
+    attributes: AttributeSchema, latent_shape: tuple[int, int, int], *, prompts: bool = False
+) -> pa.Schema:
+    """One row an encoded view of a scan: the posterior's mean and log-variance.
+
+    Both are flattened from (channels, height, width). With `prompts` a row also names the hash of its text.
+    """
+    columns = [pa.field("id", pa.string()), _flattened("mean", latent_shape), _flattened("logvar", latent_shape)]
+    named = [pa.field("prompt", pa.string())] if prompts else []
+    return pa.schema([*columns, *named, *attributes.arrow_fields()])
+
+
+def prompts_schema(tokens_shape: tuple[int, int], pooled_width: int | None) -> pa.Schema:
+    """One row a distinct prompt: its hash (see `prompt_hash`), its text and its embeddings, tokens flattened."""
+    columns = [pa.field("hash", pa.string()), pa.field("text", pa.string()), _flattened("tokens", tokens_shape)]
+    return pa.schema(columns if pooled_width is None else [*columns, _flattened("pooled", (pooled_width,))])
+
+
+def prompt_hash(text: str) -> str:
+    """By what rows name a prompt: SHA-256 of its UTF-8 text, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def dataset_schema(attributes: AttributeSchema) -> pa.Schema:
@@ -100,3 +123,8 @@ def dataset_schema(attributes: AttributeSchema) -> pa.Schema:
         pa.field("dicom_length", pa.int64()),
     ]
     return pa.schema(columns, metadata=_IMAGE_FEATURE)
+
+
+def _flattened(name: str, shape: tuple[int, ...]) -> pa.Field:
+    spelled = {SHAPE: ",".join(str(size) for size in shape).encode()}
+    return pa.field(name, pa.list_(pa.float16(), math.prod(shape)), metadata=spelled)
