@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import diffusers
 import torch
@@ -26,9 +26,8 @@ from scanloom.errors import ArtefactError
 from scanloom.models.attribute_unet import AttributeDenoiser, predict
 from scanloom.models.autoencoder import decode
 from scanloom.models.conditioner import AttributeConditioner, features
-
-PredictionType = Literal["v_prediction", "epsilon"]
-TRAIN_TIMESTEPS = 1000
+from scanloom.models.noise_schedule import TRAIN_TIMESTEPS as TRAIN_TIMESTEPS
+from scanloom.models.noise_schedule import PredictionType, noise_schedule, write_schedule
 
 
 class GeneratorCard(BaseModel):
@@ -50,33 +49,9 @@ class GeneratorCard(BaseModel):
     trained_steps: int
 
 
-def noise_schedule(prediction_type: PredictionType) -> DDIMScheduler:
-    """The noise schedule of TRAIN_TIMESTEPS steps, sampled with trailing spacing.
-
-    For v the cosine schedule (Nichol & Dhariwal 2021): its last signal-to-noise ratio is about zero, so that sampling
-    starts from what training saw (Lin et al. 2024). Epsilon says nothing about the image there, so that it gets the
-    schedule of latent diffusion (Rombach et al. 2022), which ends with some signal.
-    """
-    betas = (
-        {"beta_schedule": "squaredcos_cap_v2"}
-        if prediction_type == "v_prediction"
-        else {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    )
-    return DDIMScheduler(
-        **betas,
-        num_train_timesteps=TRAIN_TIMESTEPS,
-        prediction_type=prediction_type,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
-    )
-
-
 def alphas_cumprod(prediction_type: PredictionType) -> Tensor:
     """float64 [TRAIN_TIMESTEPS], decreasing: the share of signal variance at each timestep."""
-    schedule: Any = noise_schedule(prediction_type)
-    values: Tensor = schedule.alphas_cumprod
-    return values.double()
+    return noise_schedule(prediction_type).alphas_T.square()
 
 
 class Generator:
@@ -153,7 +128,7 @@ def save_generator(
         part.register_to_config(_name_or_path=card.name)
     denoiser.unet.save_pretrained(folder / "unet")
     vae.save_pretrained(folder / "vae")
-    noise_schedule(prediction_type).save_pretrained(folder / "scheduler")
+    write_schedule(noise_schedule(prediction_type), folder)
     (folder / "conditioner").mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in denoiser.conditioner.state_dict().items()}
     save_file(weights, folder / "conditioner" / "conditioner.safetensors")
