@@ -40,10 +40,10 @@ from scanloom.section import nearest as nearest
 RESERVED_COLUMNS = frozenset(
     {
         "id", "index", "image", "patient", "study", "split", "seed", "solver", "steps", "guidance_scale", "generator",
-        "width", "height", "bits_stored", "spacing_mm", "mean", "logvar", "prompt", "unit", "member", "sop_instance_uid",
+        "width", "height", "bits_stored", "spacing_mm", "mean", "logvar", "unit", "member", "sop_instance_uid",
         "dicom_shard", "dicom_offset", "dicom_length", "share", "count", "attributes", "cell", "mean_intensity",
         "frame", "window", "value_low", "value_high", "value_unit", "orientation", "direction", "position_mm",
-        "repairs", "text_lines", "fingerprint",
+        "repairs", "text_lines", "fingerprint", "prompt",
     }
 )  # fmt: skip
 
