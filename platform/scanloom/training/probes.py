@@ -9,6 +9,7 @@ Legend of shape suffixes: N samples or rows, B batch, R reference latents, M val
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ _TILE_PX, _CAPTION_PX, _GAP = 128, 12, 8
 def bucket_names(buckets: int) -> list[str]:
     """Names of equal parts of the schedule by their timesteps, such as `t000-099`; they sort in their order."""
     edges = [TRAIN_TIMESTEPS * k // buckets for k in range(buckets + 1)]
-    return [f"t{low:03d}-{high - 1:03d}" for low, high in zip(edges, edges[1:], strict=False)]
+    return [f"t{low:03d}-{high - 1:03d}" for low, high in itertools.pairwise(edges)]
 
 
 def held_out_by_timestep(
@@ -134,15 +135,16 @@ def copy_rate(samples: Tensor, train: Tensor, held_out: Tensor, *, seed: int = 0
     """Whether samples [N, ...] are nearer to training latents [R, ...] than to as many held-out ones, by L2 distance.
 
     The share of synthetic records nearer to the training set than to a held-out set of the same distribution is 0.5
-    for a generator that has memorised nothing (Platzer & Reutterer 2021, section 3.3); copies raise it.
+    for a generator that has memorised nothing (Platzer & Reutterer 2021); copies raise it.
 
-    Both sets are cut to the smaller one's size, at most `limit`, by a subset that `seed` fixes, so that neither has more
-    chances. So of a larger training set only copies of that part can be found. All three are in the same scale; draw the
-    samples on conditions of both sets alike, or of neither.
+    Both sets are cut to the smaller one's size, at most `limit`, by a subset that `seed` fixes, so that neither has
+    more chances. So of a larger training set only copies of that part can be found. All three are in the same scale;
+    draw the samples on conditions of both sets alike, or of neither.
 
-    The interval is Wilson's (1927) on an effective number of samples, N**2 / sum of k_r**2 (Kish 1965), where k_r samples
-    have reference r as their nearest: samples that share a nearest latent are one observation of which set it is in. In
-    high dimensions few latents can be nearest to most samples, and a plain binomial interval would be far too narrow.
+    The interval is Wilson's (1927) on an effective number of samples, N**2 / sum of k_r**2 (Kish 1965), where k_r
+    samples have reference r as their nearest: samples that share a nearest latent are one observation of which set it
+    is in. In high dimensions few latents can be nearest to most samples, and a plain binomial interval would be far
+    too narrow.
 
     A figure to choose a checkpoint by, not evidence of privacy: what it cannot see, such as copies that were changed, a
     membership attack may.
