@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow.fs
 
 from scanloom._backends import HIDDEN, Bucket, Folder, MissingError, ObjectInfo, Sha256Sink, StoredFile, os_errors
+from scanloom.base import embedded_folder
 from scanloom.errors import RecipeError, StoreError
 
 __all__ = ["ObjectInfo", "Store", "StoredFile"]
@@ -33,7 +34,7 @@ _TRANSFERS = 8
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of objects; keys are relative, with `/` between their parts.
+    """A folder of objects; keys are relative, with `/` between their parts. `embedded://base` is one to read.
 
     Equal and picklable by `uri` alone, so that a worker on another host opens it with its own environment.
     RecipeError for a URI that is neither s3:// nor a path.
@@ -218,7 +219,7 @@ class Store:
 @functools.lru_cache(maxsize=256)
 def _backend(uri: str) -> Folder | Bucket:
     if not uri.startswith("s3://"):
-        return Folder(Path(uri))
+        return Folder(embedded_folder(uri) or Path(uri))
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     return Bucket(bucket, prefix)
 
@@ -230,6 +231,8 @@ def _normal(uri: str) -> str:
             raise RecipeError(f"store {uri!r}: {bucket!r} is no bucket name; expected s3://bucket/prefix")
         prefix = _checked(prefix.strip("/"))
         return f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
+    if embedded_folder(uri):
+        return f"embedded://{_checked(uri.removeprefix('embedded://').rstrip('/'))}"
     if uri.startswith("file://"):
         uri = unquote(urlsplit(uri).path)
     if not uri or "://" in uri:
