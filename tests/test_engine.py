@@ -11,25 +11,26 @@ from diffusers import UNet2DConditionModel
 
 from scanloom.attributes import Attributes
 from scanloom.errors import ArtefactError, RecipeError
+from scanloom.models.noise_schedule import NoiseSchedule
 from scanloom.sampling.engine import Engine, FinishedImage, ImageRequest, is_batch_invariant
 from scanloom.sampling.noise import gaussian_noise
-from scanloom.sampling.solvers import PredictionType, trajectory
+from scanloom.sampling.solvers import trajectory
 
 MEAN, SPREAD = 0.5, 0.125
 
 
-def cosine() -> torch.Tensor:
-    schedule = torch.cos(0.5 * torch.pi * torch.arange(1, 1001, dtype=torch.float64) / 1000) ** 2
-    schedule[-1] = 0.0
-    return schedule
+def cosine() -> NoiseSchedule:
+    angle = 0.5 * torch.pi * torch.arange(1, 1001, dtype=torch.float64) / 1000
+    alphas = torch.cos(angle)
+    alphas[-1] = 0.0
+    return NoiseSchedule("v_prediction", alphas, torch.sin(angle))
 
 
 class GaussianGenerator:
     """Independent N(level, SPREAD**2) pixels with a perfect denoiser; `level` is the condition, MEAN when unknown."""
 
     latent_shape: tuple[int, ...] = (1, 4, 4)
-    prediction_type: PredictionType = "v_prediction"
-    alphas_cumprod = cosine()
+    schedule = cosine()
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -44,10 +45,10 @@ class GaussianGenerator:
 
     def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         self.batches.append(len(latents))
-        at = self.alphas_cumprod[timesteps].float().reshape(-1, 1, 1, 1)
-        alpha, sigma = at.sqrt(), (1 - at).sqrt()
+        alpha = self.schedule.alphas_T[timesteps].float().reshape(-1, 1, 1, 1)
+        sigma = self.schedule.sigmas_T[timesteps].float().reshape(-1, 1, 1, 1)
         level = condition.reshape(-1, 1, 1, 1)
-        residue = (latents - alpha * level) / (at * SPREAD**2 + 1 - at)
+        residue = (latents - alpha * level) / (alpha**2 * SPREAD**2 + sigma**2)
         return alpha * sigma * residue - sigma * (level + alpha * SPREAD**2 * residue)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -154,7 +155,7 @@ def test_batch_shapes_stay_while_images_come_and_go() -> None:
 def test_the_engine_equals_a_plain_loop_over_one_image(solver: str, scale: float) -> None:
     generator = UnetGenerator()
     wanted = request(5, steps=6, scale=scale, level=0.8)
-    plan = trajectory(solver, generator.alphas_cumprod.numpy(), "v_prediction", 6)  # type: ignore[arg-type]
+    plan = trajectory(solver, generator.schedule, 6)  # type: ignore[arg-type]
     latents = torch.from_numpy(gaussian_noise(9, 5, (1, 4, 8, 8)))
     previous = torch.zeros_like(latents)
     with torch.inference_mode():

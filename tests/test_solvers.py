@@ -12,9 +12,16 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.sampling.solvers import PredictionType, SolverName, advance, trailing_timesteps, trajectory
+from scanloom.models.noise_schedule import NoiseSchedule, PredictionType
+from scanloom.sampling.solvers import SolverName, advance, trailing_timesteps, trajectory
 
 MEAN, SPREAD = 0.7, 0.35
+
+
+def of(alphas_cumprod: np.ndarray[Any, np.dtype[np.float64]], kind: PredictionType) -> NoiseSchedule:
+    """The variance-preserving schedule with these shares of signal variance."""
+    signal = np.asarray(alphas_cumprod, dtype=np.float64)
+    return NoiseSchedule(kind, torch.from_numpy(np.sqrt(signal)), torch.from_numpy(np.sqrt(1.0 - signal)))
 
 
 def cosine(schedule: int) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -38,7 +45,7 @@ def solve(
     start: torch.Tensor,
     denoiser: Callable[[torch.Tensor, int], torch.Tensor] = network,
 ) -> torch.Tensor:
-    plan = trajectory(solver, alphas_cumprod, kind, steps)
+    plan = trajectory(solver, of(alphas_cumprod, kind), steps)
     latents, predicted = start, torch.zeros_like(start)
     for timestep, row in zip(plan.timesteps, plan.coefficients, strict=True):
         rows = torch.from_numpy(np.repeat(row[None], len(start), axis=0))
@@ -150,7 +157,7 @@ def test_second_order_beats_first_at_twenty_steps() -> None:
 
 def test_images_at_other_places_of_other_trajectories_do_not_disturb_each_other() -> None:
     schedule = cosine(1000)
-    short, long = (trajectory("dpmpp-2m", schedule, "v_prediction", steps) for steps in (3, 8))
+    short, long = (trajectory("dpmpp-2m", of(schedule, "v_prediction"), steps) for steps in (3, 8))
     start = torch.randn((2, 4), generator=torch.Generator().manual_seed(3))
     latents, predicted, finished = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     places = [0, 0]
@@ -171,18 +178,18 @@ def test_images_at_other_places_of_other_trajectories_do_not_disturb_each_other(
 def test_coefficients_are_finite_at_zero_terminal_snr_for_every_step_count() -> None:
     for solver in ("ddim", "dpmpp-2m"):
         for steps in (1, 2, 3, 999, 1000):
-            assert np.isfinite(trajectory(solver, cosine(1000), "v_prediction", steps).coefficients).all()
+            assert np.isfinite(trajectory(solver, of(cosine(1000), "v_prediction"), steps).coefficients).all()
 
 
 def test_epsilon_at_zero_terminal_snr_is_refused_with_the_remedy() -> None:
     with pytest.raises(ArtefactError, match="v_prediction"):
-        trajectory("ddim", cosine(1000), "epsilon", 10)
+        trajectory("ddim", of(cosine(1000), "epsilon"), 10)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_steps_that_the_schedule_lacks_are_refused(steps: int) -> None:
     with pytest.raises(RecipeError, match="1 to 1000"):
-        trajectory("ddim", cosine(1000), "v_prediction", steps)
+        trajectory("ddim", of(cosine(1000), "v_prediction"), steps)
 
 
 def test_timesteps_start_at_the_end_of_the_schedule_and_never_repeat() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from scanloom.recipe_denoiser import AttributeUnet
+from scanloom.recipe_denoiser import AttributeUnet, Denoiser
 from scanloom.section import Count, Fraction, Positive, Section
 
 
@@ -46,7 +46,7 @@ class Encode(Section):
 
 
 class Finetune(Section):
-    denoiser: AttributeUnet = AttributeUnet()
+    denoiser: Denoiser = AttributeUnet()
     start_from: str | None = None
     """URI of a generator whose weights to start from; its attribute schema must equal the corpus's."""
     objective: Literal["v_prediction", "epsilon"] = "v_prediction"

@@ -7,6 +7,7 @@ embedding, which at small sizes carries most of the condition at almost no cost.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -26,10 +27,25 @@ class AttributeDenoiser(nn.Module):
         self.conditioner = conditioner
 
     def forward(
-        self, latents_BCHW: Tensor, timesteps_B: Tensor, features_BF: Tensor, drop_BA: Tensor | None = None
+        self,
+        latents_BCHW: Tensor,
+        timesteps_B: Tensor,
+        condition: Mapping[str, Tensor] | Tensor,
+        drop_BA: Tensor | None = None,
     ) -> Tensor:
-        """The network's prediction [B, C, H, W] for noisy latents at integer timesteps."""
-        return predict(self.unet, latents_BCHW, timesteps_B, self.conditioner(features_BF, drop_BA))
+        """The network's prediction [B, C, H, W] for noisy latents at integer timesteps.
+
+        `condition` holds `features` [B, F] (see `conditioner.features`) and, where some are dropped, `drop`: bool
+        [B, A].
+        """
+        if isinstance(condition, Tensor):
+            condition = {"features": condition} | ({} if drop_BA is None else {"drop": drop_BA})
+        tokens_BAD = self.conditioner(condition["features"], condition.get("drop"))
+        return predict(self.unet, latents_BCHW, timesteps_B, tokens_BAD)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep the activations of fewer layers and compute the others again in the backward pass."""
+        self.unet.enable_gradient_checkpointing()
 
 
 def predict(unet: nn.Module, latents_BCHW: Tensor, timesteps_B: Tensor, condition_BAD: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""The autoencoder between pixels and latents: diffusers' AutoencoderKL on one grey channel."""
+"""The autoencoder between pixels and latents: diffusers' AutoencoderKL on one grey channel, or on three.
+
+Pretrained ones were made for colour: they are given a grey scan three times, and the mean of what they paint is grey.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,9 @@ def load_autoencoder(folder: Path, where: str | None = None) -> AutoencoderKL:
         model = AutoencoderKL.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{where}: not a diffusers autoencoder: {' '.join(str(error).split())[:200]}") from error
-    if model.config.in_channels != 1:
-        raise ArtefactError(f"{where}: takes {model.config.in_channels} channels, scans have 1")
+    channels = (model.config.in_channels, model.config.out_channels)
+    if channels not in ((1, 1), (3, 3)):
+        raise ArtefactError(f"{where}: takes {channels[0]} channels and makes {channels[1]}; expected 1 or 3 of both")
     return model.eval().requires_grad_(False)
 
 
@@ -55,7 +59,7 @@ def latent_shape(autoencoder: AutoencoderKL, size_px: int) -> tuple[int, int, in
 
 def moments(autoencoder: AutoencoderKL, pixels_B1HW: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance [B, C, h, w] float32 of the posterior of pixels in [-1, 1]."""
-    posterior = autoencoder.encode(pixels_B1HW).latent_dist
+    posterior = autoencoder.encode(pixels_B1HW.expand(-1, autoencoder.config.in_channels, -1, -1)).latent_dist
     return posterior.mean.float(), posterior.logvar.float()
 
 
@@ -71,4 +75,5 @@ def decode(autoencoder: AutoencoderKL, normalised_BCHW: Tensor) -> Tensor:
     config = autoencoder.config
     latents = normalised_BCHW / config.scaling_factor + (config.shift_factor or 0.0)
     pixels: Tensor = autoencoder.decode(latents.to(autoencoder.dtype)).sample
-    return (pixels.float() * 0.5 + 0.5).clamp(0.0, 1.0)
+    grey_B1HW = pixels.float() if pixels.shape[1] == 1 else pixels.float().mean(1, keepdim=True)
+    return (grey_B1HW * 0.5 + 0.5).clamp(0.0, 1.0)

@@ -1,52 +1,34 @@
-"""The generator artefact: a diffusers-layout folder that loads in a plain process, without Ray.
-
-    model_index.json  unet/  vae/  scheduler/  conditioner/  generator.json
-
-`generator.json` holds what diffusers has no place for: attribute schema, trained envelope, family, image geometry.
-"""
+"""The generator artefact: a diffusers-layout folder that loads in a plain process, without Ray. See models.family."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import cast
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
 
 from scanloom.artefact import Artefact, open_artefact
 from scanloom.attributes import Attributes, AttributeSchema, Envelope
 from scanloom.errors import ArtefactError
+from scanloom.models import family
 from scanloom.models.attribute_unet import AttributeDenoiser, predict
 from scanloom.models.autoencoder import decode
-from scanloom.models.conditioner import AttributeConditioner, features
+from scanloom.models.card import GeneratorCard as GeneratorCard
+from scanloom.models.card import read_card as read_card
+from scanloom.models.conditioner import features
 from scanloom.models.noise_schedule import TRAIN_TIMESTEPS as TRAIN_TIMESTEPS
-from scanloom.models.noise_schedule import PredictionType, noise_schedule, write_schedule
+from scanloom.models.noise_schedule import NoiseSchedule, PredictionType, noise_schedule, read_schedule
+from scanloom.models.prompts import prompt
+from scanloom.models.text_condition import TextConditioner
 
-
-class GeneratorCard(BaseModel):
-    """Content of `generator.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: Literal[1] = 1
-    family: Literal["attribute-unet"]
-    name: str
-    attributes: AttributeSchema
-    envelope: Envelope
-    condition_dim: int
-    latent_shape: tuple[int, int, int]
-    image_shape: tuple[int, int, int]
-    """(1, height, width)."""
-    spacing_mm: float | None
-    """Median pixel spacing of the corpus after resizing."""
-    trained_steps: int
+KEPT_PROMPTS = 64
+"""Their embeddings are kept: a cohort asks for the same ones again, and T5 takes longer than a denoiser's step."""
 
 
 def alphas_cumprod(prediction_type: PredictionType) -> Tensor:
@@ -61,21 +43,23 @@ class Generator:
         self,
         card: GeneratorCard,
         digest: str,
-        unet: UNet2DConditionModel,
-        conditioner: AttributeConditioner,
+        denoiser: nn.Module,
         vae: AutoencoderKL,
-        scheduler: DDIMScheduler,
+        schedule: NoiseSchedule,
+        text: TextConditioner | None = None,
         device: str = "cpu",
     ) -> None:
         self.card = card
         self.digest = digest
         self.device = torch.device(device)
-        self._unet = unet.eval().requires_grad_(False).to(self.device)
-        self._conditioner = conditioner.eval().requires_grad_(False).to(self.device)
+        self.schedule = schedule
+        denoiser = denoiser.eval().requires_grad_(False).to(self.device)
+        self._conditioned = (
+            _ByAttributes(denoiser, card.attributes, self.device)
+            if isinstance(denoiser, AttributeDenoiser)
+            else _ByText(denoiser, card, text)
+        )
         self._vae = vae.eval().requires_grad_(False).to(self.device)
-        self.prediction_type: PredictionType = scheduler.config.prediction_type
-        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod.double()
-        """float64 [T], decreasing; the index is the timestep."""
 
     @property
     def name(self) -> str:
@@ -99,19 +83,17 @@ class Generator:
 
     @torch.inference_mode()
     def condition(self, attributes: Sequence[Attributes]) -> Tensor:
-        """Condition tokens [B, A, D] float32; an attribute that is None or absent gets its unknown token."""
-        table = torch.from_numpy(features(self.schema, attributes)).to(self.device)
-        tokens: Tensor = self._conditioner(table)
-        return tokens
+        """What `denoise` is told, float32 [B, ...]; an attribute that is None or absent is unknown."""
+        return self._conditioned.condition(attributes)
 
     def null_condition(self, batch: int) -> Tensor:
-        """Tokens [B, A, D] of "nothing is known", the unconditional half of guidance."""
+        """The condition [B, ...] of "nothing is known", the unconditional half of guidance."""
         return self.condition([{}] * batch)
 
     @torch.inference_mode()
-    def denoise(self, latents_BCHW: Tensor, timesteps_B: Tensor, condition_BAD: Tensor) -> Tensor:
-        """The denoiser's prediction [B, C, H, W] float32 (see `prediction_type`) at integer timesteps."""
-        return predict(self._unet, latents_BCHW, timesteps_B, condition_BAD).float()
+    def denoise(self, latents_BCHW: Tensor, timesteps_B: Tensor, condition: Tensor) -> Tensor:
+        """The denoiser's prediction [B, C, H, W] float32 (see `schedule.prediction_type`) at integer timesteps."""
+        return self._conditioned.denoise(latents_BCHW, timesteps_B, condition).float()
 
     @torch.inference_mode()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -119,28 +101,55 @@ class Generator:
         return decode(self._vae, latents_BCHW)
 
 
+class _ByAttributes:
+    """attribute-unet: a condition is the attributes' tokens [B, A, D]."""
+
+    def __init__(self, denoiser: AttributeDenoiser, schema: AttributeSchema, device: torch.device) -> None:
+        self._denoiser = denoiser
+        self._schema = schema
+        self._device = device
+
+    def condition(self, attributes: Sequence[Attributes]) -> Tensor:
+        tokens_BAD: Tensor = self._denoiser.conditioner(
+            torch.from_numpy(features(self._schema, attributes)).to(self._device)
+        )
+        return tokens_BAD
+
+    def denoise(self, latents_BCHW: Tensor, timesteps_B: Tensor, condition_BAD: Tensor) -> Tensor:
+        return predict(self._denoiser.unet, latents_BCHW, timesteps_B, condition_BAD)
+
+
+class _ByText:
+    """The text families: a condition is the prompt's tokens and, behind them, its pooled text, in one row [B, N]."""
+
+    def __init__(self, denoiser: nn.Module, card: GeneratorCard, text: TextConditioner | None) -> None:
+        if card.prompt is None or text is None:
+            raise ArtefactError(f"{card.name}: a {card.family} generator needs its prompt template and text encoders")
+        self._denoiser = denoiser
+        self._schema = card.attributes
+        self._template = card.prompt
+        self._text = text
+        self._shapes = {name: value.shape[1:] for name, value in text.encode([""]).items()}
+        self._row = lru_cache(KEPT_PROMPTS)(self._encoded)
+
+    def condition(self, attributes: Sequence[Attributes]) -> Tensor:
+        return torch.stack([self._row(prompt(self._schema, row, self._template)) for row in attributes])
+
+    def denoise(self, latents_BCHW: Tensor, timesteps_B: Tensor, condition_BN: Tensor) -> Tensor:
+        parts = condition_BN.split([shape.numel() for shape in self._shapes.values()], dim=1)
+        told = {name: part.reshape(-1, *self._shapes[name]) for name, part in zip(self._shapes, parts, strict=True)}
+        predicted: Tensor = self._denoiser(latents_BCHW, timesteps_B, told)
+        return predicted
+
+    def _encoded(self, text: str) -> Tensor:
+        return torch.cat([part.flatten() for part in self._text.encode([text]).values()])
+
+
 def save_generator(
     folder: Path, card: GeneratorCard, denoiser: AttributeDenoiser, vae: AutoencoderKL, prediction_type: PredictionType
 ) -> None:
-    """Write the folder of a generator; weights as float32 safetensors."""
-    for part in (denoiser.unet, vae):
-        # diffusers notes the folder that a part was loaded from: a scratch folder, another one at every run.
-        part.register_to_config(_name_or_path=card.name)
-    denoiser.unet.save_pretrained(folder / "unet")
-    vae.save_pretrained(folder / "vae")
-    write_schedule(noise_schedule(prediction_type), folder)
-    (folder / "conditioner").mkdir(parents=True, exist_ok=True)
-    weights = {name: value.contiguous() for name, value in denoiser.conditioner.state_dict().items()}
-    save_file(weights, folder / "conditioner" / "conditioner.safetensors")
-    index = {
-        "_class_name": "DiffusionPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    (folder / "generator.json").write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    """Write the folder of an attribute-unet generator; `family.save_generator` writes any."""
+    family.save_generator(folder, card, denoiser, vae, noise_schedule(prediction_type), None)
 
 
 def load_generator(uri: str, device: str = "cpu") -> Generator:
@@ -170,7 +179,7 @@ def load_denoiser(uri: str, schema: AttributeSchema, latent_shape: tuple[int, in
                 f"{uri}: trained on attributes {', '.join(card.attributes.names)} and latents {card.latent_shape}; "
                 f"this corpus has {', '.join(schema.names)} and {latent_shape}, or other values of them"
             )
-        return AttributeDenoiser(*_read_denoiser(folder, card, uri)).train()
+        return cast(AttributeDenoiser, family.read_denoiser(folder, card, uri)).train()
 
 
 def require_continuable(start: Artefact, condition_dim: int, prediction_type: str, autoencoder_digest: str) -> None:
@@ -194,44 +203,15 @@ def read_latent_shape(autoencoder: Artefact, size_px: int) -> tuple[int, int, in
     return config["latent_channels"], size_px // factor, size_px // factor
 
 
-def read_card(folder: Path, where: str | None = None) -> GeneratorCard:
-    """The card of a generator folder. Raises ArtefactError where it is missing or of another family or format.
-
-    `where` names the generator in errors, where the folder is a copy.
-    """
-    where = where or str(folder)
-    try:
-        return GeneratorCard.model_validate_json((folder / "generator.json").read_bytes())
-    except OSError as error:
-        raise ArtefactError(f"{where}: holds no generator.json; not a generator of scanloom") from error
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in fault["loc"])
-        raise ArtefactError(f"{where}/generator.json: {place}: {fault['msg']} (got {fault['input']!r})") from error
-
-
 def read_generator(folder: Path, digest: str, device: str = "cpu", where: str | None = None) -> Generator:
     """The generator of a local folder. Raises ArtefactError where a part is missing or does not fit."""
     where = where or str(folder)
     card = read_card(folder, where)
-    unet, conditioner = _read_denoiser(folder, card, where)
+    denoiser = family.read_denoiser(folder, card, where)
+    schedule = read_schedule(folder, where)
+    text = None if card.family == "attribute-unet" else TextConditioner(folder, device, where)
     try:
         vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True)
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise _unreadable(folder, where, error) from error
-    return Generator(card, digest, unet, conditioner, vae, scheduler, device)
-
-
-def _read_denoiser(folder: Path, card: GeneratorCard, where: str) -> tuple[UNet2DConditionModel, AttributeConditioner]:
-    try:
-        conditioner = AttributeConditioner(card.attributes, card.condition_dim)
-        conditioner.load_state_dict(load_file(folder / "conditioner" / "conditioner.safetensors"))
-        return UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True), conditioner
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _unreadable(folder, where, error) from error
-
-
-def _unreadable(folder: Path, where: str, error: Exception) -> ArtefactError:
-    text = " ".join(str(error).split()).replace(str(folder), where)
-    return ArtefactError(f"{where}: a part of the generator cannot be read: {text[:200]}")
+        raise family.unreadable(folder, where, error) from error
+    return Generator(card, digest, denoiser, vae, schedule, text, device)

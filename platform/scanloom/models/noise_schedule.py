@@ -74,8 +74,12 @@ def noise_schedule(
 
 def write_schedule(schedule: NoiseSchedule, folder: Path) -> None:
     """Write the scheduler of a generator folder (`scheduler/scheduler_config.json`), for plain diffusers."""
-    kind = FlowMatchEulerDiscreteScheduler if schedule.prediction_type == "flow" else DDIMScheduler
-    kind(**schedule.settings).save_pretrained(folder / "scheduler")
+    scheduler_class(schedule)(**schedule.settings).save_pretrained(folder / "scheduler")
+
+
+def scheduler_class(schedule: NoiseSchedule) -> type[DDIMScheduler] | type[FlowMatchEulerDiscreteScheduler]:
+    """The class of diffusers that samples on this schedule."""
+    return FlowMatchEulerDiscreteScheduler if schedule.prediction_type == "flow" else DDIMScheduler
 
 
 def read_schedule(folder: Path, where: str | None = None) -> NoiseSchedule:

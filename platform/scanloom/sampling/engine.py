@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from scanloom.attributes import Attributes
 from scanloom.errors import ArtefactError, RecipeError
+from scanloom.models.noise_schedule import NoiseSchedule
 from scanloom.sampling.noise import gaussian_noise
-from scanloom.sampling.solvers import PredictionType, SolverName, Trajectory, advance, trajectory
+from scanloom.sampling.solvers import SolverName, Trajectory, advance, trajectory
 
 DECODE_BATCH = 8
 
@@ -35,11 +36,7 @@ class Denoiser(Protocol):
     @property
     def latent_shape(self) -> tuple[int, ...]: ...
     @property
-    def prediction_type(self) -> PredictionType: ...
-    @property
-    def alphas_cumprod(self) -> torch.Tensor:
-        """float64 [T], descending; the index is the timestep."""
-        ...
+    def schedule(self) -> NoiseSchedule: ...
 
     def condition(self, attributes: Sequence[Attributes], /) -> torch.Tensor:
         """float32 [B, ...]: what `denoise` takes as its third argument."""
@@ -91,7 +88,6 @@ class Engine:
         self._generator = generator
         self._solver: SolverName = solver
         self._decode_batch = decode_batch
-        self._alphas_cumprod = generator.alphas_cumprod.detach().cpu().double().numpy()
         self._trajectories: dict[int, Trajectory] = {}
         self._null = generator.null_condition(1).detach()
         self._device = self._null.device
@@ -153,8 +149,7 @@ class Engine:
 
     def _trajectory(self, steps: int) -> Trajectory:
         if steps not in self._trajectories:
-            made = trajectory(self._solver, self._alphas_cumprod, self._generator.prediction_type, steps)
-            self._trajectories[steps] = made
+            self._trajectories[steps] = trajectory(self._solver, self._generator.schedule, steps)
         return self._trajectories[steps]
 
     def _admit(self) -> None:
@@ -213,7 +208,7 @@ def is_batch_invariant(generator: Denoiser, slots: int, decode_batch: int = DECO
     """Whether rows keep their bits when they change places, in this process, with this network and these shapes."""
     null = generator.null_condition(1)
     condition = null.repeat_interleave(slots, dim=0)
-    timesteps = torch.linspace(0, len(generator.alphas_cumprod) - 1, slots, device=null.device).long()
+    timesteps = torch.linspace(0, len(generator.schedule.alphas_T) - 1, slots, device=null.device).long()
 
     def denoise(rows: torch.Tensor) -> torch.Tensor:
         return generator.denoise(_probe(generator, slots, null.device)[rows], timesteps[rows], condition)

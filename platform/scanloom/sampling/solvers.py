@@ -1,7 +1,7 @@
 """Solvers of the diffusion ODE as tables of numbers, so that every image of a batch can be at its own place of its own.
 
 Each supported solver is linear in what it has seen. With x the latent, D the data it predicts and alpha, sigma the
-schedule at a step (alpha**2 + sigma**2 = 1), a step is
+schedule at a step (any falling alpha and rising sigma: a flow's too), a step is
 
     D      = from_latent * x + from_output * output
     x_next = keep * x + data * D + previous * D_of_the_step_before
@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from scanloom.errors import ArtefactError, RecipeError
+from scanloom.models.noise_schedule import NoiseSchedule, PredictionType
 
 SolverName = Literal["ddim", "dpmpp-2m"]
-PredictionType = Literal["v_prediction", "epsilon"]
 Table = NDArray[np.float64]
 
 
@@ -41,16 +41,16 @@ class Trajectory:
         return len(self.timesteps)
 
 
-def trajectory(solver: SolverName, alphas_cumprod: Table, prediction_type: PredictionType, steps: int) -> Trajectory:
-    """The trajectory of `steps` denoiser calls over a schedule (float64 [T], descending), ending at clean data.
+def trajectory(solver: SolverName, schedule: NoiseSchedule, steps: int) -> Trajectory:
+    """The trajectory of `steps` denoiser calls over a schedule, ending at clean data.
 
-    alphas_cumprod[-1] may be 0 (zero terminal SNR, Lin et al. 2024) where the generator predicts v.
-    Raises RecipeError for more steps than the schedule has, ArtefactError for epsilon at zero terminal SNR.
+    The schedule's last alpha may be 0 (zero terminal SNR, Lin et al. 2024; flow) where the generator does not predict
+    epsilon. Raises RecipeError for more steps than the schedule has, ArtefactError for epsilon at zero terminal SNR.
     """
-    timesteps = trailing_timesteps(len(alphas_cumprod), steps)
-    at = np.append(alphas_cumprod[timesteps], 1.0)
-    alpha, sigma = np.sqrt(at), np.sqrt(1.0 - at)
-    reads = _data_coefficients(prediction_type, alpha[:-1], sigma[:-1])
+    timesteps = trailing_timesteps(len(schedule.alphas_T), steps)
+    alpha = np.append(schedule.alphas_T.numpy()[timesteps], 1.0)
+    sigma = np.append(schedule.sigmas_T.numpy()[timesteps], 0.0)
+    reads = _data_coefficients(schedule.prediction_type, alpha[:-1], sigma[:-1])
     return Trajectory(timesteps, np.concatenate([reads, _UPDATES[solver](alpha, sigma)], axis=1))
 
 
@@ -80,6 +80,9 @@ def _data_coefficients(prediction_type: PredictionType, alpha: Table, sigma: Tab
     if prediction_type == "v_prediction":
         # Salimans and Ho 2022, appendix D: D = alpha x - sigma v.
         return np.stack([alpha, -sigma], axis=1)
+    if prediction_type == "flow":
+        # Esser et al. 2024, section 2: the output is n - D and x = (1 - sigma) D + sigma n, so that D = x - sigma v.
+        return np.stack([np.ones_like(alpha), -sigma], axis=1)
     if (alpha == 0.0).any():
         raise ArtefactError(
             "the generator predicts epsilon on a schedule with zero terminal SNR, where epsilon says nothing of the "

@@ -170,7 +170,7 @@ def _solve(
     guided: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, noise_BCHW: Tensor, steps: int
 ) -> Tensor:
     solver: SolverName = "dpmpp-2m"
-    path = trajectory(solver, schedule.alphas_T.square().numpy(), schedule.prediction_type, steps)  # type: ignore[arg-type]
+    path = trajectory(solver, schedule, steps)
     latents, data = noise_BCHW, torch.zeros_like(noise_BCHW)
     for timestep, row in zip(path.timesteps, path.coefficients, strict=True):
         timesteps_B = torch.full((len(latents),), int(timestep), dtype=torch.int64, device=latents.device)
