@@ -16,8 +16,9 @@ from jobs.cluster import connected, interruptible, require_room, run_recipe
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, lineage, open_artefact, plan_digest, publish
 from scanloom.attributes import AttributeSchema, Envelope
-from scanloom.errors import ArtefactError
-from scanloom.models.generator import GeneratorCard, read_latent_shape, require_continuable
+from scanloom.errors import ArtefactError, RecipeError
+from scanloom.models.card import GeneratorCard, conditioning
+from scanloom.models.generator import read_latent_shape, require_continuable
 from scanloom.recipe import Finetune, Recipe
 from scanloom.shards.commit import begin
 from scanloom.shards.reader import parquet_paths
@@ -29,7 +30,8 @@ from scanloom.training.runs import forget, run_config, run_name
 # Where a step runs does not change what it makes.
 PLACE = {
     "workers", "cpus_per_worker", "use_gpu", "max_failures", "checkpoint_every_steps", "keep_checkpoints",
-    "log_every_steps",
+    "log_every_steps", "samples", "zero_stage", "offload_optimizer", "offload_parameters", "gradient_accumulation",
+    "gradient_checkpointing", "compile", "channels_last",
 }  # fmt: skip
 
 
@@ -48,7 +50,7 @@ def finetune(recipe: Recipe) -> None:
     begin(store, "generator", plan)
     generator = find_artefact(store.uri, "generator")
     if generator is None:
-        runs, name = Store(recipe.uri("runs")), run_name("generator", plan, recipe.finetune.workers)
+        runs, name = Store(recipe.uri("runs")), run_name("generator", plan)
         with connected():
             metrics = _train(recipe.finetune, job, latents, runs, name)
         generator = publish(
@@ -77,14 +79,14 @@ def _job(recipe: Recipe, latents: Artefact, autoencoder: Artefact) -> FinetuneJo
         )
     size = statistics["size_px"]
     card = GeneratorCard(
-        family=recipe.finetune.denoiser.family, name=recipe.name, attributes=schema,
-        envelope=Envelope.model_validate(statistics["envelope"]), condition_dim=recipe.finetune.denoiser.condition_dim,
+        **conditioning(recipe.finetune.denoiser), name=recipe.name, attributes=schema,
+        envelope=Envelope.model_validate(statistics["envelope"]),
         latent_shape=read_latent_shape(autoencoder, size), image_shape=(1, size, size),
         spacing_mm=statistics["spacing_mm"], trained_steps=recipe.finetune.steps,
     )  # fmt: skip
     return FinetuneJob(
         recipe=recipe.finetune, seed=recipe.seed, card=card,
-        autoencoder_uri=autoencoder.uri, generator_uri=recipe.uri("generator"),
+        autoencoder_uri=autoencoder.uri, latents_uri=latents.uri, generator_uri=recipe.uri("generator"),
     )  # fmt: skip
 
 
@@ -102,7 +104,8 @@ def _carried(latents: Artefact) -> dict[str, object]:
 
 
 def _train(section: Finetune, job: FinetuneJob, latents: Artefact, runs: Store, name: str) -> dict[str, Any]:
-    require_room(section.workers * section.cpus_per_worker, section.workers * section.use_gpu, "finetune.workers")
+    least, _ = section.worker_range
+    require_room(least * section.cpus_per_worker, least * section.use_gpu, "finetune.workers")
     rows: dict[str, Any] = {
         split: ray.data.read_parquet(parquet_paths(latents, split), filesystem=latents.store.filesystem)
         for split in ("train", "validation")
@@ -126,7 +129,10 @@ def _train(section: Finetune, job: FinetuneJob, latents: Artefact, runs: Store, 
                 reports=reports,
             ),
         )  # fmt: skip
-        return dict(interruptible(trainer.fit).metrics or {})
+        made: dict[str, Any] = interruptible(trainer.fit).return_value or {}
+    if refused := made.get("refused"):
+        raise RecipeError(refused)
+    return made
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from scanloom.errors import ArtefactError, StoreError
 from scanloom.store import Store, StoredFile
 
 MANIFEST = "manifest.json"
+# Folder of what a training run noted on its way.
+RECORD = "training"
 PLAN = "plan.json"
 COMMITS = "commits"
 UNITS = "units"
@@ -74,11 +76,11 @@ class Manifest(_Record):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over content and inputs, not over place, name or time."""
+        """SHA-256 over content and inputs, not over place, name or time; so not over RECORD, which notes times."""
         content = {
             "kind": self.kind,
             "schema_version": self.schema_version,
-            "files": sorted([file.path, file.sha256] for file in self.files),
+            "files": sorted([f.path, f.sha256] for f in self.files if not f.path.startswith(f"{RECORD}/")),
             "inputs": sorted([entry.role, entry.digest] for entry in self.inputs),
         }
         return hashlib.sha256(canonical_json(content)).hexdigest()

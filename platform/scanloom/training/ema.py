@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Ema:
     """Shadow weights: s <- d s + (1 - d) w, with d = min(decay, (1 + updates) / (10 + updates)).
 
-    The warm-up of d lets a short run forget its random start.
+    The warm-up of d lets a short run forget its random start. The weights are float32 tensors that change in place,
+    such as the master weights that a worker owns: the average is divided among workers as they are.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+    def __init__(self, weights: Sequence[Tensor], decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.shadow = [p.detach().float().clone() for p in parameters]
+        self._weights = list(weights)
+        self.shadow = [weight.detach().clone() for weight in weights]
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[nn.Parameter]) -> None:
+    def update(self) -> None:
         """Move every shadow weight towards its weight."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        for shadow, parameter in zip(self.shadow, parameters, strict=True):
-            shadow.lerp_(parameter.detach().float(), 1.0 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Overwrite these parameters with the shadow weights."""
-        for shadow, parameter in zip(self.shadow, parameters, strict=True):
-            parameter.copy_(shadow)
-
-    def state(self) -> dict[str, int | list[Tensor]]:
-        """What `restore` needs."""
-        return {"updates": self.updates, "shadow": self.shadow}
-
-    def restore(self, updates: int, shadow: list[Tensor]) -> None:
-        """Continue from a saved state."""
-        self.updates = updates
-        for mine, saved in zip(self.shadow, shadow, strict=True):
-            mine.copy_(saved)
+        if self.shadow:
+            torch._foreach_lerp_(self.shadow, self._weights, 1.0 - decay)

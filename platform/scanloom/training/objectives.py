@@ -1,6 +1,6 @@
 """What the denoiser is trained to predict, and how much each timestep counts.
 
-With alpha = sqrt(alphas_cumprod[t]) and sigma = sqrt(1 - alphas_cumprod[t]), a noisy latent is alpha x + sigma n.
+A noisy latent is alpha x + sigma n, with the alphas and sigmas of models.noise_schedule.
 """
 
 from __future__ import annotations
@@ -10,37 +10,49 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PredictionType = Literal["v_prediction", "epsilon"]
+from scanloom.models.noise_schedule import PredictionType
+
+TimestepDensity = Literal["uniform", "logit-normal"]
 
 
-def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_B: Tensor) -> Tensor:
-    """alpha x + sigma n (Ho et al. 2020, eq. 4)."""
-    alpha, sigma = _scales(alphas_cumprod_B)
-    return alpha * latents_BCHW + sigma * noise_BCHW
+def timesteps(uniform_B: Tensor, count: int, density: TimestepDensity) -> Tensor:
+    """Timesteps int64 [B] in [0, count) of uniform numbers in [0, 1).
+
+    logit-normal: sigmoid of a standard normal number, which favours the middle (Esser et al. 2024, section 3.1).
+    """
+    if density == "logit-normal":
+        uniform_B = torch.special.ndtri(uniform_B.double()).sigmoid()
+    return (uniform_B * count).long().clamp_max(count - 1)
+
+
+def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, alphas_B: Tensor, sigmas_B: Tensor) -> Tensor:
+    """alpha x + sigma n (Ho et al. 2020, eq. 4; for flow Lipman et al. 2023, eq. 22)."""
+    return _column(alphas_B) * latents_BCHW + _column(sigmas_B) * noise_BCHW
 
 
 def target(
-    prediction_type: PredictionType, latents_BCHW: Tensor, noise_BCHW: Tensor, alphas_cumprod_B: Tensor
+    prediction_type: PredictionType, latents_BCHW: Tensor, noise_BCHW: Tensor, alphas_B: Tensor, sigmas_B: Tensor
 ) -> Tensor:
-    """n for epsilon; alpha n - sigma x for v (Salimans & Ho 2022, section 4)."""
+    """n for epsilon; alpha n - sigma x for v (Salimans & Ho 2022, section 4); n - x for flow (Liu et al. 2023)."""
     if prediction_type == "epsilon":
         return noise_BCHW
-    alpha, sigma = _scales(alphas_cumprod_B)
-    return alpha * noise_BCHW - sigma * latents_BCHW
+    if prediction_type == "flow":
+        return noise_BCHW - latents_BCHW
+    return _column(alphas_B) * noise_BCHW - _column(sigmas_B) * latents_BCHW
 
 
-def loss_weight(prediction_type: PredictionType, alphas_cumprod_B: Tensor, gamma: float | None) -> Tensor:
+def loss_weight(prediction_type: PredictionType, alphas_B: Tensor, sigmas_B: Tensor, gamma: float | None) -> Tensor:
     """Min-SNR weight [B] (Hang et al. 2023, section 3.4); ones without gamma.
 
-    min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v.
+    The paper weighs the squared error of the clean latent by min(SNR, gamma), SNR = (alpha / sigma)**2. A prediction's
+    squared error e is one of the clean latent of e / SNR for epsilon and of sigma**2 e for v and for flow.
     """
     if gamma is None:
-        return torch.ones_like(alphas_cumprod_B)
-    snr = alphas_cumprod_B / (1.0 - alphas_cumprod_B).clamp_min(1e-12)
+        return torch.ones_like(alphas_B)
+    snr = alphas_B.square() / sigmas_B.square().clamp_min(1e-12)
     clipped = snr.clamp_max(gamma)
-    return clipped / snr.clamp_min(1e-12) if prediction_type == "epsilon" else clipped / (snr + 1.0)
+    return clipped / snr.clamp_min(1e-12) if prediction_type == "epsilon" else clipped * sigmas_B.square()
 
 
-def _scales(alphas_cumprod_B: Tensor) -> tuple[Tensor, Tensor]:
-    column = alphas_cumprod_B.view(-1, 1, 1, 1)
-    return column.sqrt(), (1.0 - column).sqrt()
+def _column(scale_B: Tensor) -> Tensor:
+    return scale_B.view(-1, 1, 1, 1)

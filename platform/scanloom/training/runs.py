@@ -12,9 +12,9 @@ from scanloom.store import Store
 CONTROLLER_FAILURES = 3
 
 
-def run_name(kind: str, plan: str, workers: int) -> str:
-    """A run is resumed by the same plan on the same number of workers: DeepSpeed's parts are per worker."""
-    return f"{kind}-{plan[:12]}-{workers}-workers"
+def run_name(kind: str, plan: str) -> str:
+    """A run is resumed by the same plan, on any number of workers."""
+    return f"{kind}-{plan[:12]}"
 
 
 def run_config(runs: Store, name: str, *, max_failures: int, keep_checkpoints: int, reports: Any) -> RunConfig:

@@ -1,0 +1,97 @@
+"""The denoiser under DeepSpeed: which engine a recipe asks for."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scanloom.recipe import Finetune
+
+BETAS = (0.9, 0.99)
+INITIAL_LOSS_SCALE_POWER = 16
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The denoiser under its engine."""
+
+    engine: Any
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.engine.device
+        return device
+
+    def predict(self, noisy_BCHW: Tensor, timesteps_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """The denoiser's prediction, float32, in the precision of training."""
+        told = {name: value.to(self.device, non_blocking=True) for name, value in condition.items()}
+        noisy_BCHW = noisy_BCHW.to(self.device, self.dtype, non_blocking=True, memory_format=self.memory_format)
+        predicted: Tensor = self.engine(noisy_BCHW, timesteps_B.to(self.device, non_blocking=True), told)
+        return predicted.float()
+
+
+def start(recipe: Finetune, denoiser: nn.Module) -> Model:
+    """An engine that trains what of the denoiser requires gradients. Collective."""
+    if not recipe.use_gpu:
+        # Without it DeepSpeed guesses, and a CPU worker on a GPU host guesses wrong.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # reads DS_ACCELERATOR when imported
+
+    if not recipe.use_gpu:
+        # A C++ extension for collectives in shared memory, compiled at first use: it needs a compiler on every host,
+        # takes a minute, and a worker killed while compiling leaves a lock that its successors wait for. Gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if recipe.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    # torch's own, whose CPU kernel needs no compiler. The loop sets the rate; 0 keeps DeepSpeed's trial step harmless.
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=BETAS, weight_decay=recipe.weight_decay, fused=True)
+    engine, _, _, _ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=deepspeed_config(recipe))
+    engine.basic_optimizer.state.clear()
+    if recipe.compile:
+        engine.compile()
+    layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+    return Model(engine, DTYPES[recipe.precision], layout)
+
+
+def deepspeed_config(recipe: Finetune) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe."""
+    zero: dict[str, Any] = {"stage": recipe.zero_stage}
+    pinned = {"device": "cpu", "pin_memory": recipe.use_gpu}
+    if recipe.offload_optimizer:
+        zero["offload_optimizer"] = pinned
+    if recipe.offload_parameters:
+        zero["offload_param"] = pinned
+    return {
+        "train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation,
+        "gradient_clipping": recipe.gradient_clip,
+        "bf16": {"enabled": recipe.precision == "bf16"},
+        "fp16": {"enabled": recipe.precision == "fp16", "initial_scale_power": INITIAL_LOSS_SCALE_POWER},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},
+        "steps_per_print": 10**9,
+    }
+
+
+def learning_rate_factor(recipe: Finetune, step: int) -> float:
+    """Factor on the learning rate: linear warm-up, then constant, or down to a tenth along half a cosine or a line."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    share = min(1.0, (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps))
+    if recipe.learning_rate_schedule == "constant":
+        return 1.0
+    left = 1.0 - share if recipe.learning_rate_schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * share)
+    return 0.1 + 0.9 * left
