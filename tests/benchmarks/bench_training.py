@@ -251,12 +251,12 @@ _SMALL_AUTOENCODER = {"channels": [16, 32, 64], "steps": 20, "batch_size": 32, "
 
 def text_to_image(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
     """(c): Stable Diffusion beside a loop of accelerate that encodes scans and prompts at every step."""
-    from tests.tiny_families import save_sd
+    from tests.benchmarks.training_sd import save_stable_diffusion
 
-    save_sd(folder / "base")
+    save_stable_diffusion(folder / "base")
     recipe = recipe_in(
         str(folder / "store"), size_px=TEXT_SIZE_PX, autoencoder={"path": str(folder / "base" / "vae")},
-        denoiser={"family": "sd", "start": str(folder / "base")}, workers=1,
+        denoiser={"family": "sd", "weights": str(folder / "base")}, workers=1,
     )  # fmt: skip
     encoded(recipe)
     hand_over(recipe, folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from scanloom.models.noise_schedule import noise_schedule
 from scanloom.training.draws import draw, positions
 from scanloom.training.ema import Ema
 from scanloom.training.meter import peak_of, train_flops
-from scanloom.training.objectives import add_noise, loss_weight, target
+from scanloom.training.objectives import add_noise, loss_weight, target, timesteps
 
 SD21: dict[str, Any] = {
     "sample_size": 64,
@@ -48,7 +49,7 @@ class Measured:
     batch_size: int
     images_per_s: float
     making: float
-    """Seconds of making a batch and carrying it to the device, to seconds of a whole step that does so too."""
+    """Seconds of making a batch to seconds of a step, which makes the next one in a thread beside."""
     memory_gb: float | None
     """Peak that torch allocated, without gradient checkpointing."""
     mfu: float | None
@@ -134,34 +135,39 @@ class Step:
         self._latents = torch.randn(self._shape)
         self._told = torch.randn(told).to(self._device, torch.bfloat16)
         self._schedule = noise_schedule("v_prediction", zero_terminal_snr=True)
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: Future[tuple[Tensor, ...]] | None = None
 
     def __call__(self, step: int) -> None:
-        self._forward(*self.made(step)).backward()
-        for master, parameter in zip(self._masters, self._weights, strict=True):
-            master.grad = parameter.grad.float()
-            parameter.grad = None
+        ready = self._ahead.result() if self._ahead is not None else self.made(step)
+        # The next batch is made while this one is trained on, as in scanloom's loop.
+        self._ahead = self._thread.submit(self.made, step + 1)
+        noisy, timesteps_B, wanted, weight = (t.to(self._device, non_blocking=True) for t in ready)
+        noisy = noisy.to(torch.bfloat16, memory_format=torch.channels_last)
+        self._forward(noisy, timesteps_B, wanted, weight).backward()
+        for master, weights in zip(self._masters, self._weights, strict=True):
+            master.grad, weights.grad = weights.grad.float(), None
         nn.utils.clip_grad_norm_(self._masters, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_copy_(self._weights, self._masters)
-        self._ema.update(self._masters)
+        self._ema.update()
 
     def made(self, step: int) -> tuple[Tensor, ...]:
-        """Noisy latents, timesteps, targets and weights of a step, on the device."""
+        """Noisy latents, timesteps, targets and weights of a step, in the host's memory."""
         drawn = draw(positions(step, self._batch, 0, 1), self._shape[1:], 2, 0)
-        timesteps = (drawn.uniform_BU[:, 0] * len(self._schedule.alphas_T)).long()
-        clean, noise = (t.to(self._device) for t in (self._latents + 0.1 * drawn.posterior_BCHW, drawn.noise_BCHW))
-        timesteps = timesteps.to(self._device)
-        noisy = add_noise(self._schedule, clean, noise, timesteps)
-        noisy = noisy.to(torch.bfloat16, memory_format=torch.channels_last)
-        return (
-            noisy, timesteps, target(self._schedule, clean, noise, timesteps),
-            loss_weight(self._schedule, timesteps, 5.0),
+        timesteps_B = timesteps(drawn.uniform_BU[:, 0], len(self._schedule.alphas_T), "uniform")
+        scales = self._schedule.alphas_T.float()[timesteps_B], self._schedule.sigmas_T.float()[timesteps_B]
+        clean = self._latents + 0.1 * drawn.posterior_BCHW
+        batch = (
+            add_noise(clean, drawn.noise_BCHW, *scales), timesteps_B,
+            target("v_prediction", clean, drawn.noise_BCHW, *scales), loss_weight("v_prediction", *scales, 5.0),
         )  # fmt: skip
+        return tuple(t.pin_memory() for t in batch) if self._device.type == "cuda" else batch
 
-    def _loss(self, noisy: Tensor, timesteps: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
-        predicted = self._denoiser(noisy, timesteps, self._told)
+    def _loss(self, noisy: Tensor, timesteps_B: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+        predicted = self._denoiser(noisy, timesteps_B, self._told)
         error = (predicted.float() - wanted).square().flatten(1).mean(1)
         return (error * weight).mean()
 
@@ -214,7 +220,7 @@ def page(batch_sizes: Sequence[int] | None, *, checkpointing: bool) -> tuple[str
         f"Forward and backward take {found.flop_per_image / 1e12:.4g} TFLOP an image, a multiply-add counted as two "
         "and nothing that is computed again.",
         "",
-        "| batch size | images/s | share of peak (MFU) | peak memory, GB | making the batch, share of a step |",
+        "| batch size | images/s | share of peak (MFU) | peak memory, GB | making a batch, of a step |",
         "|---|---|---|---|---|",
     ]
     for row in found.rows:

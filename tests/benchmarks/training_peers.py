@@ -97,7 +97,7 @@ def _train(plan: Plan, data: Data, model: nn.Module, latents: Callable[[Data, Te
     share, count = plan["batch_size"] // workers, len(data["mean"])
     signals = _cosine_signal()
     averaged = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan["learning_rate"], betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = _adamw(model, plan)
     order, watch = torch.empty(0, dtype=torch.int64), Watch(plan)
     for step in range(plan["steps_per_window"] * plan["windows"]):
         if len(order) < share:
@@ -107,9 +107,9 @@ def _train(plan: Plan, data: Data, model: nn.Module, latents: Callable[[Data, Te
         noise, timesteps = torch.randn_like(clean), torch.randint(TIMESTEPS, (share,))
         signal = signals[timesteps]
         alpha, sigma = signal.sqrt().view(-1, 1, 1, 1), (1 - signal).sqrt().view(-1, 1, 1, 1)
-        features = data["features"][rows]
         drop = torch.rand(share, 1).less(WHOLE_DROPOUT) | torch.rand(share, plan["attributes"]).less(ATTRIBUTE_DROPOUT)
-        predicted = model(alpha * clean + sigma * noise, timesteps, *_told(features, drop))
+        told = {"features": data["features"][rows], "drop": drop}
+        predicted = model(alpha * clean + sigma * noise, timesteps, told)
         error = (predicted - (alpha * noise - sigma * clean)).square().flatten(1).mean(1)
         snr = signal / (1 - signal)
         loss = (error * snr.clamp_max(GAMMA) / (snr + 1)).mean()
@@ -124,8 +124,10 @@ def _train(plan: Plan, data: Data, model: nn.Module, latents: Callable[[Data, Te
     return watch.seconds
 
 
-def _told(features: Tensor, drop: Tensor) -> tuple[Any, ...]:
-    return ({"features": features, "drop": drop},)
+def _adamw(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        model.parameters(), lr=plan["learning_rate"], betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
 
 
 def _cosine_signal() -> Tensor:
@@ -155,7 +157,7 @@ def text_to_image(plan: Plan, data: Data) -> list[float]:
     unet = UNet2DConditionModel.from_pretrained(base / "unet").train()
     schedule = DDPMScheduler.from_pretrained(base / "scheduler")
     averaged = EMAModel(unet.parameters(), decay=0.995, foreach=True)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=plan["learning_rate"], betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = _adamw(unet, plan)
     rate = get_scheduler("constant", optimizer)
 
     def collate(rows: list[int]) -> tuple[Tensor, Tensor]:
