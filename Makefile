@@ -31,4 +31,4 @@ bench: setup
 	for bench in tests/benchmarks/bench_*.py; do .venv/bin/python $$bench || exit 1; done
 
 docs: setup
-	.venv/bin/python docs/recipe_schema.py
+	.venv/bin/python docs/recipe_schema.py && .venv/bin/python docs/training_memory.py

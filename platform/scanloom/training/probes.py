@@ -22,7 +22,7 @@ from torch import Tensor
 from scanloom.errors import RecipeError
 from scanloom.models.noise_schedule import TRAIN_TIMESTEPS, NoiseSchedule
 from scanloom.sampling.noise import gaussian_noise, permutation
-from scanloom.sampling.solvers import SolverName, advance, trajectory
+from scanloom.sampling.solvers import advance, trajectory
 
 BUCKETS = 10
 Conditions = Mapping[str, Tensor]
@@ -169,8 +169,7 @@ def copy_rate(samples: Tensor, train: Tensor, held_out: Tensor, *, seed: int = 0
 def _solve(
     guided: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, noise_BCHW: Tensor, steps: int
 ) -> Tensor:
-    solver: SolverName = "dpmpp-2m"
-    path = trajectory(solver, schedule, steps)
+    path = trajectory("dpmpp-2m", schedule, steps)
     latents, data = noise_BCHW, torch.zeros_like(noise_BCHW)
     for timestep, row in zip(path.timesteps, path.coefficients, strict=True):
         timesteps_B = torch.full((len(latents),), int(timestep), dtype=torch.int64, device=latents.device)
