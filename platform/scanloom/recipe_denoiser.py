@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from scanloom.section import Count, Positive, Section, Words
+from scanloom.section import Count, Section, Words
 
 Family = Literal["attribute-unet", "sd", "sdxl", "sd3"]
 PLACE_OF_ATTRIBUTES = "{attributes}"
@@ -28,7 +28,7 @@ class Lora(Section):
     """Low-rank adapters (Hu et al. 2022) in the place of full fine-tuning; merged when the generator is saved."""
 
     rank: Count = 16
-    alpha: Positive = 16.0
+    alpha: Count = 16
     """The adapters' output is scaled by alpha / rank."""
     targets: Words | None = None
     """Ends of the names of the modules to adapt; None: the projections of all attentions."""

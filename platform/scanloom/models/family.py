@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,14 @@ from scanloom.models.text_denoisers import TEXT_DENOISERS, TextDenoiser
 from scanloom.recipe_denoiser import AttributeUnet, Denoiser
 from scanloom.recipe_denoiser import TextDenoiser as TextSection
 
+# What diffusers' pipelines of these families expect of a scheduler; nothing that training fixed.
+PIPELINE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "sd": {"steps_offset": 1},
+    "sdxl": {"steps_offset": 1},
+    # Esser et al. 2024, section 5.3.2.
+    "sd3": {"shift": 3.0},
+}
+
 
 def schedule_of(config: Denoiser, objective: PredictionType, *, zero_terminal_snr: bool = False) -> NoiseSchedule:
     """The schedule that a family is trained on: base models keep the one that their weights know.
@@ -48,7 +58,8 @@ def schedule_of(config: Denoiser, objective: PredictionType, *, zero_terminal_sn
         allowed = "flow" if config.family == "sd3" else "v_prediction or epsilon"
         raise RecipeError(f"finetune.objective {objective}: family {config.family} was trained for {allowed}; set that")
     betas: Betas | None = None if config.family == "attribute-unet" else "scaled_linear"
-    return noise_schedule(objective, zero_terminal_snr=zero_terminal_snr, betas=betas)
+    schedule = noise_schedule(objective, zero_terminal_snr=zero_terminal_snr, betas=betas)
+    return replace(schedule, settings={**schedule.settings, **PIPELINE_SETTINGS.get(config.family, {})})
 
 
 def initial_denoiser(config: Denoiser, card: GeneratorCard, seed: int, start: Path | None) -> nn.Module:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
@@ -81,6 +82,8 @@ class _Encoder:
     """One tokenizer and its text encoder."""
 
     def __init__(self, folder: Path, suffix: str, model: Any, device: torch.device) -> None:
+        # Neither a job's log nor its own progress bar is a place for them.
+        transformers.utils.logging.disable_progress_bar()
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}", local_files_only=True)
         encoder = model.from_pretrained(folder / f"text_encoder{suffix}", local_files_only=True, dtype=torch.float32)
         self._model: Any = encoder.eval().requires_grad_(False).to(device)

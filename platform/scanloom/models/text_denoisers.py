@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
@@ -78,7 +78,7 @@ class TextDenoiser(nn.Module):
         }
         for name, layer in self.network.named_modules():
             if isinstance(layer, LoraLayer):
-                added = layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
+                added: Tensor = cast(Any, layer).get_delta_weight(ADAPTER)
                 state[f"{name}.weight"] = state[f"{name}.weight"] + added.float()
         return {name: value.contiguous() for name, value in state.items()}
 
