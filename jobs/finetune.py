@@ -95,7 +95,7 @@ def _start_digest(recipe: Recipe, autoencoder: Artefact) -> str | None:
     if section.start_from is None:
         return None
     start = open_artefact(section.start_from, "generator")
-    require_continuable(start, section.denoiser.condition_dim, section.objective, autoencoder.digest)
+    require_continuable(start, section.denoiser.condition_dim, section.objective, autoencoder)
     return start.digest
 
 

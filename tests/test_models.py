@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scanloom.artefact import Artefact
+from scanloom.artefact import Artefact, FileEntry, publish
 from scanloom.attributes import Attributes
 from scanloom.errors import ArtefactError
 from scanloom.models.autoencoder import build_autoencoder, decode, latent_shape, load_autoencoder, moments, normalise
@@ -24,6 +24,7 @@ from scanloom.models.generator import (
     save_generator,
 )
 from scanloom.recipe import Autoencoder
+from scanloom.store import Store
 from tests.tiny_generator import ATTRIBUTES, SCHEMA, publish_generator
 
 FULL: Attributes = {"sex": "F", "age": 60.0, "view": "PA", "findings": ("Effusion",)}
@@ -149,12 +150,17 @@ def test_training_goes_on_only_from_a_generator_of_the_same_attributes(generator
     assert load_denoiser(generator.uri, SCHEMA, shape).training
 
 
-def test_training_goes_on_only_on_the_latents_and_target_of_before(generator: Artefact) -> None:
-    require_continuable(generator, 16, "v_prediction", "none")
+def test_training_goes_on_only_on_the_latents_and_target_of_before(generator: Artefact, tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    files = [FileEntry.of(file) for file in store.put_folder(Path(generator.uri) / "vae", "vae")]
+    same = publish(store, kind="autoencoder", name="tiny", recipe={}, inputs=[], files=files, statistics={})
+    retrained = [file.model_copy(update={"sha256": "0" * 64}) for file in files]
+    changed = Artefact(store, same.manifest.model_copy(update={"files": tuple(retrained)}))
+    require_continuable(generator, 16, "v_prediction", same)
     for width, target, latents_of in (
-        (32, "v_prediction", "none"),
-        (16, "epsilon", "none"),
-        (16, "v_prediction", "ab"),
+        (32, "v_prediction", same),
+        (16, "epsilon", same),
+        (16, "v_prediction", changed),
     ):
         with pytest.raises(ArtefactError, match="cannot go on from it"):
             require_continuable(generator, width, target, latents_of)

@@ -182,18 +182,27 @@ def load_denoiser(uri: str, schema: AttributeSchema, latent_shape: tuple[int, in
         return cast(AttributeDenoiser, family.read_denoiser(folder, card, uri)).train()
 
 
-def require_continuable(start: Artefact, condition_dim: int, prediction_type: str, autoencoder_digest: str) -> None:
-    """Raise ArtefactError where training cannot go on from a generator: other latents, target or condition width."""
+def require_continuable(start: Artefact, condition_dim: int, prediction_type: str, autoencoder: Artefact) -> None:
+    """Raise ArtefactError where training cannot go on from a generator: other latents, target or condition width.
+
+    Its latents are those of the autoencoder that it was trained with, and of one taken from its own `vae/`.
+    """
     card = GeneratorCard.model_validate_json(start.store.read("generator.json"))
     scheduler = json.loads(start.store.read("scheduler/scheduler_config.json"))
     latents_of = next((entry.digest for entry in start.manifest.inputs if entry.role == "autoencoder"), "none")
+    if _files(start, "vae") == _files(autoencoder, "vae"):
+        latents_of = autoencoder.digest
     for what, theirs, ours in (
         ("finetune.denoiser.condition_dim", card.condition_dim, condition_dim),
         ("finetune.objective", scheduler["prediction_type"], prediction_type),
-        ("autoencoder digest", latents_of[:12], autoencoder_digest[:12]),
+        ("autoencoder digest", latents_of[:12], autoencoder.digest[:12]),
     ):
         if theirs != ours:
             raise ArtefactError(f"{start.uri}: cannot go on from it: its {what} is {theirs}, this recipe's is {ours}")
+
+
+def _files(artefact: Artefact, folder: str) -> set[tuple[str, str]]:
+    return {(file.path, file.sha256) for file in artefact.files(folder)}
 
 
 def read_latent_shape(autoencoder: Artefact, size_px: int) -> tuple[int, int, int]:
