@@ -31,7 +31,8 @@ def test_every_stage_takes_less_than_the_one_before() -> None:
 
 def test_offloading_moves_bytes_and_loses_none() -> None:
     on_device = state_memory(N, N, zero_stage=3, workers=4)
-    for options in ({"offload_optimizer": True}, {"offload_optimizer": True, "offload_parameters": True}):
+    cases: list[Any] = [{"offload_optimizer": True}, {"offload_optimizer": True, "offload_parameters": True}]
+    for options in cases:
         moved = state_memory(N, N, zero_stage=3, workers=4, **options)
         assert moved.device + moved.host == pytest.approx(on_device.device)
         assert moved.host > 0

@@ -129,6 +129,14 @@ def test_a_long_caption_is_shown_whole_and_a_wide_image_keeps_its_shape() -> Non
     assert int((short == 128).sum()) == pytest.approx(128 * 64, rel=0.02)
 
 
+def test_a_word_wider_than_its_image_is_broken_and_leaves_the_next_caption_alone() -> None:
+    image = torch.full((2, 1, 16, 16), 0.5)
+    grid = _pixels(sample_grid(image, ["Cardiomegaly+Effusion+Nodule+Pneumothorax", ""]))
+    written = np.argwhere(grid[8 + 128 :] < 100)
+    assert len(written) > 100
+    assert written[:, 1].max() < 8 + 128 + 4
+
+
 def test_the_same_images_make_the_same_bytes() -> None:
     image = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     assert sample_grid(image, ["a", "b", "c"]) == sample_grid(image, ["a", "b", "c"])

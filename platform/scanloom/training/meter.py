@@ -116,7 +116,7 @@ def train_flops(module: nn.Module, *inputs: Tensor | Mapping[str, Tensor]) -> fl
     # The counter knows no formula for the fused attention of CPUs; spelled out, it is matrix products everywhere.
     with _without_recomputation(module), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), counter:
         output: Tensor = torch.func.functional_call(module, state, tuple(shapes))
-        output.sum().backward()  # type: ignore[no-untyped-call]
+        output.sum().backward()
     return counter.get_total_flops() / rows
 
 

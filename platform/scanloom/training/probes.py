@@ -234,8 +234,12 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> l
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= _TILE_PX or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
+        if font.getlength(longer) > _TILE_PX and lines[-1]:
+            lines.append("")
+            longer = word
+        while font.getlength(longer) > _TILE_PX and len(longer) > 1:
+            fits = next(n for n in range(len(longer) - 1, 0, -1) if n == 1 or font.getlength(longer[:n]) <= _TILE_PX)
+            lines[-1:] = [longer[:fits], ""]
+            longer = longer[fits:]
+        lines[-1] = longer
     return lines

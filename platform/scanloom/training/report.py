@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from scanloom.training.probes import bucket_names
 
@@ -25,7 +26,7 @@ _MUCH_WAITING = 0.03
 _MOST_PICTURES = 6
 # Distinguishable with any colour vision and in grey (Okabe & Ito 2008).
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#6b6b6b"
-_LOOK = {
+_LOOK: Any = {
     "svg.hashsalt": "scanloom",
     "svg.fonttype": "none",
     "font.size": 10.0,
@@ -154,7 +155,7 @@ def _summary(history: History) -> list[tuple[str, str]]:
 def _evaluations(history: History) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     heads = ("step", "training loss", "held-out loss", "copy rate", "95 % interval", "distance ratio")
     names = ("loss", "held_out_loss", "copy_rate", "copy_rate_low", "copy_rate_high", "copy_distance_ratio")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in history:
         if row.get("held_out_loss") is None and row.get("copy_rate") is None:
             continue
@@ -214,7 +215,7 @@ def _by_timestep(history: History) -> Plot | None:
             continue
         _line(axes, known, colours(0.92 * number / max(1, len(names) - 1)), label=name[1:])
         told.append(f"{name[1:]} {_course(known)}")
-    axes.set_yscale("log")
+    _logarithmic(axes)
     axes.set_title("held-out loss by timestep, logarithmic")
     axes.legend(title="timesteps", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return Plot(
@@ -292,7 +293,14 @@ def _line(axes: Axes, points: Series, colour: Any, *, marker: str = "o", label: 
 def _log_where_wide(axes: Axes, points: Series) -> None:
     values = [value for _, value in points]
     if min(values) > 0 and max(values) > 10 * min(values):
-        axes.set_yscale("log")
+        _logarithmic(axes)
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _course(points: Series) -> str:
