@@ -120,7 +120,7 @@ def curated_unit(unit: Unit, curation: Curation, *, fenced: bool = False) -> Ite
                     )
                     # A header is counted once, with the first of its frames that is kept.
                     if member != counted:
-                        actions.update(found.subject.actions)
+                        actions.update(found.subject.actions.elements())
                     counted = member
                     continue
                 except ScanError as error:

@@ -122,7 +122,7 @@ def _tag(keyword: str) -> BaseTag:
 def _value(dataset: Dataset, keyword: str) -> Any:
     # By tag: by keyword, pydicom takes several times as long, and a header is asked for some thirty attributes.
     tag = _tag(keyword)
-    if tag not in dataset:
+    if tag not in dataset.keys():  # noqa: SIM118 - the dataset itself makes a tag of whatever it is asked for
         return None
     element = dataset.get_item(tag, keep_deferred=True)
     if isinstance(element, RawDataElement):

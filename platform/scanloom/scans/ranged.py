@@ -33,18 +33,21 @@ class RangedFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         length = max(min(len(buffer), self._size - self._at), 0)
-        buffer[:length] = self._range(length) if length else b""
+        if length:
+            self._fill(memoryview(buffer)[:length])
         self._at += length
         return length
 
-    def _range(self, length: int) -> bytes:
+    def _fill(self, part: memoryview) -> None:
         if self._store.is_local:
-            return self._store.read_range(self._key, self._at, length)
+            part[:] = self._store.read_range(self._key, self._at, len(part))
+            return
         for attempt in range(_ATTEMPTS):
             try:
                 opened = self._open or self._store.filesystem.open_input_file(self._store.path(self._key))
                 self._open = opened
-                data: bytes = opened.read_at(length, self._at)
+                opened.seek(self._at)
+                filled = opened.readinto(part)
             except FileNotFoundError as error:
                 raise StoreError(f"{self._store.uri_of(self._key)}: no such object") from error
             except OSError as error:
@@ -54,9 +57,9 @@ class RangedFile(io.RawIOBase):
                     raise StoreError(f"{self._store.uri_of(self._key)}: {reason}", retryable=True) from error
                 time.sleep(0.05 * 2**attempt)
             else:
-                if len(data) != length:
+                if filled != len(part):
                     raise StoreError(f"{self._store.uri_of(self._key)}: the object is shorter than its listing said")
-                return data
+                return
         raise AssertionError("unreachable")
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
