@@ -45,7 +45,7 @@ def finetune(recipe: Recipe) -> None:
     job = _job(recipe, latents, autoencoder)
     plan = plan_digest(
         "generator", latents.digest, autoencoder.digest, recipe.seed, recipe.name,
-        recipe.finetune.model_dump(mode="json", exclude=PLACE), _start_digest(recipe, autoencoder),
+        recipe.finetune.model_dump(mode="json", exclude=PLACE), _start_digest(recipe, job.card, autoencoder),
     )  # fmt: skip
     begin(store, "generator", plan)
     generator = find_artefact(store.uri, "generator")
@@ -90,12 +90,12 @@ def _job(recipe: Recipe, latents: Artefact, autoencoder: Artefact) -> FinetuneJo
     )  # fmt: skip
 
 
-def _start_digest(recipe: Recipe, autoencoder: Artefact) -> str | None:
+def _start_digest(recipe: Recipe, card: GeneratorCard, autoencoder: Artefact) -> str | None:
     section = recipe.finetune
     if section.start_from is None:
         return None
     start = open_artefact(section.start_from, "generator")
-    require_continuable(start, section.denoiser.condition_dim, section.objective, autoencoder)
+    require_continuable(start, card, section.objective, autoencoder)
     return start.digest
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scanloom.artefact import Artefact, FileEntry, publish
-from scanloom.attributes import Attributes
+from scanloom.attributes import Attributes, AttributeSchema
 from scanloom.errors import ArtefactError
 from scanloom.models.autoencoder import build_autoencoder, decode, latent_shape, load_autoencoder, moments, normalise
 from scanloom.models.conditioner import AttributeConditioner, feature_widths, features
@@ -156,14 +156,19 @@ def test_training_goes_on_only_on_the_latents_and_target_of_before(generator: Ar
     same = publish(store, kind="autoencoder", name="tiny", recipe={}, inputs=[], files=files, statistics={})
     retrained = [file.model_copy(update={"sha256": "0" * 64}) for file in files]
     changed = Artefact(store, same.manifest.model_copy(update={"files": tuple(retrained)}))
-    require_continuable(generator, 16, "v_prediction", same)
-    for width, target, latents_of in (
-        (32, "v_prediction", same),
-        (16, "epsilon", same),
-        (16, "v_prediction", changed),
+    card = read_card(Path(generator.uri))
+    older = [d.model_copy(update={"maximum": 90.0}) if d.name == "age" else d for d in ATTRIBUTES]
+    require_continuable(generator, card, "v_prediction", same)
+    for update, target, latents_of, why in (
+        ({"condition_dim": 32}, "v_prediction", same, "condition_dim is 16, this recipe's is 32"),
+        ({"latent_shape": (4, 16, 16)}, "v_prediction", same, "latent shape"),
+        ({"attributes": AttributeSchema(declarations=ATTRIBUTES[:2])}, "v_prediction", same, "is sex, age, view"),
+        ({"attributes": AttributeSchema(declarations=tuple(older))}, "v_prediction", same, "'age' has another"),
+        ({}, "epsilon", same, "objective is v_prediction, this recipe's is epsilon"),
+        ({}, "v_prediction", changed, "autoencoder digest"),
     ):
-        with pytest.raises(ArtefactError, match="cannot go on from it"):
-            require_continuable(generator, width, target, latents_of)
+        with pytest.raises(ArtefactError, match=f"cannot go on from it.*{why}"):
+            require_continuable(generator, card.model_copy(update=update), target, latents_of)
 
 
 @pytest.mark.parametrize("age", [20.0, 63.0])

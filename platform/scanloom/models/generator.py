@@ -182,23 +182,33 @@ def load_denoiser(uri: str, schema: AttributeSchema, latent_shape: tuple[int, in
         return cast(AttributeDenoiser, family.read_denoiser(folder, card, uri)).train()
 
 
-def require_continuable(start: Artefact, condition_dim: int, prediction_type: str, autoencoder: Artefact) -> None:
-    """Raise ArtefactError where training cannot go on from a generator: other latents, target or condition width.
+def require_continuable(
+    start: Artefact, card: GeneratorCard, prediction_type: PredictionType, autoencoder: Artefact
+) -> None:
+    """Raise ArtefactError where training of `card` cannot go on from a generator: other attributes, latents or target.
 
     Its latents are those of the autoencoder that it was trained with, and of one taken from its own `vae/`.
     """
-    card = GeneratorCard.model_validate_json(start.store.read("generator.json"))
+    theirs = GeneratorCard.model_validate_json(start.store.read("generator.json"))
     scheduler = json.loads(start.store.read("scheduler/scheduler_config.json"))
     latents_of = next((entry.digest for entry in start.manifest.inputs if entry.role == "autoencoder"), "none")
     if _files(start, "vae") == _files(autoencoder, "vae"):
         latents_of = autoencoder.digest
-    for what, theirs, ours in (
-        ("finetune.denoiser.condition_dim", card.condition_dim, condition_dim),
-        ("finetune.objective", scheduler["prediction_type"], prediction_type),
+    for what, before, now in (
+        ("finetune.denoiser.family", theirs.family, card.family),
+        ("finetune.denoiser.condition_dim", theirs.condition_dim, card.condition_dim),
+        ("finetune.objective", scheduler.get("prediction_type", "flow"), prediction_type),
+        ("list of attributes", ", ".join(theirs.attributes.names), ", ".join(card.attributes.names)),
+        ("latent shape", theirs.latent_shape, card.latent_shape),
         ("autoencoder digest", latents_of[:12], autoencoder.digest[:12]),
     ):
-        if theirs != ours:
-            raise ArtefactError(f"{start.uri}: cannot go on from it: its {what} is {theirs}, this recipe's is {ours}")
+        if before != now:
+            raise ArtefactError(f"{start.uri}: cannot go on from it: its {what} is {before}, this recipe's is {now}")
+    for ours, other in zip(card.attributes.declarations, theirs.attributes.declarations, strict=True):
+        if ours != other:
+            raise ArtefactError(
+                f"{start.uri}: cannot go on from it: attribute {ours.name!r} has another kind, range, source or values"
+            )
 
 
 def _files(artefact: Artefact, folder: str) -> set[tuple[str, str]]:
