@@ -1,13 +1,12 @@
-"""Corpus -> autoencoder -> latents: train or fetch the autoencoder, then encode every shard once.
+"""Corpus -> autoencoder -> latents: train or fetch the autoencoder, then encode every scan and every prompt once.
 
 python -m jobs.encode RECIPE [--set KEY=VALUE ...]
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import ray.data
@@ -16,19 +15,21 @@ from ray.train.torch import TorchTrainer
 
 from jobs.cluster import connected, interruptible, require_room, run_recipe
 from scanloom import console
-from scanloom.artefact import Artefact, FileEntry, find_artefact, lineage, open_artefact, plan_digest, publish
-from scanloom.models.autoencoder import load_autoencoder
+from scanloom.artefact import Artefact, FileEntry, find_artefact, lineage, open_artefact, publish
 from scanloom.recipe import Recipe
-from scanloom.shards.commit import begin, committed
+from scanloom.shards.commit import begin, committed, committed_shards
 from scanloom.shards.reader import parquet_paths
 from scanloom.store import Store
-from scanloom.training.encoding import SPLITS, ShardEncoder
-from scanloom.training.reconstruction import AutoencoderJob, train_autoencoder
+from scanloom.training.encoding import ShardEncoder
+from scanloom.training.encoding_plan import SPLITS, EncodingJob, distinct_prompts, finished, plan_encoding, prompt_rows
+from scanloom.training.given_weights import put_autoencoder
+from scanloom.training.prompt_encoding import PromptEncoder
+from scanloom.training.reconstruction import AutoencoderJob, plan_autoencoder, train_autoencoder
 from scanloom.training.reports import following
-from scanloom.training.runs import forget, run_config, run_name
+from scanloom.training.runs import forget, run_config
 
-# Where a step runs does not change what it makes.
-PLACE = {"workers", "cpus_per_worker", "use_gpu", "checkpoint_every_steps"}
+# A driver that tracks more tasks than this spends its time on them; shards then share a task.
+MOST_TASKS = 2000
 
 
 def encode(recipe: Recipe) -> None:
@@ -39,27 +40,23 @@ def encode(recipe: Recipe) -> None:
     with connected():
         autoencoder = _autoencoder(recipe, corpus)
         latents = _latents(recipe, corpus, autoencoder)
-    psnr_db = autoencoder.manifest.statistics.get("psnr_db")
+    psnr_db, made = autoencoder.manifest.statistics.get("psnr_db"), latents.manifest.statistics
     quality = f"held-out PSNR {psnr_db:.1f} dB" if psnr_db else "given"
     rows = [
         ("autoencoder", autoencoder.uri, quality, autoencoder.digest[:12]),
-        ("latents", latents.uri, f"{latents.manifest.statistics['rows']} scans", latents.digest[:12]),
+        ("latents", latents.uri, f"{made['rows']} rows, {made['prompts']} prompts", latents.digest[:12]),
     ]
     console.result_table(f"encode: {time.monotonic() - started:.0f} s", ("what", "where", "made", "digest"), rows)
 
 
 def _autoencoder(recipe: Recipe, corpus: Artefact) -> Artefact:
     store = Store(recipe.uri("autoencoder"))
-    section = recipe.autoencoder
-    plan = plan_digest("autoencoder", corpus.digest, recipe.seed, section.model_dump(mode="json", exclude=PLACE))
+    given, plan = plan_autoencoder(recipe, corpus)
     begin(store, "autoencoder", plan)
     if done := find_artefact(store.uri, "autoencoder"):
         return done
-    runs, name = Store(recipe.uri("runs")), run_name("autoencoder", plan, section.workers)
-    if section.path:
-        made: dict[str, Any] = {"taken_from": section.path, "files": _copy(section.path, store)}
-    else:
-        made = _train(recipe, corpus, runs, name)
+    runs, name = Store(recipe.uri("runs")), f"autoencoder-{plan[:12]}"
+    made = put_autoencoder(given, store) if given else _train(recipe, corpus, runs, name)
     files = [FileEntry.model_validate(entry) for entry in made.pop("files")]
     artefact = publish(
         store, kind="autoencoder", name=recipe.name, recipe=recipe.model_dump(mode="json"), inputs=[corpus],
@@ -69,20 +66,9 @@ def _autoencoder(recipe: Recipe, corpus: Artefact) -> Artefact:
     return artefact
 
 
-def _copy(path: str, store: Store) -> list[FileEntry]:
-    with tempfile.TemporaryDirectory(prefix="scanloom-autoencoder-") as folder:
-        Store(path).fetch_folder("", Path(folder) / "vae")
-        load_autoencoder(Path(folder) / "vae", path)
-        return [FileEntry.of(file) for file in store.put_folder(Path(folder))]
-
-
 def _train(recipe: Recipe, corpus: Artefact, runs: Store, name: str) -> dict[str, Any]:
     section = recipe.autoencoder
     require_room(section.workers * section.cpus_per_worker, section.workers * section.use_gpu, "autoencoder.workers")
-    job = AutoencoderJob(
-        recipe=section, seed=recipe.seed, size_px=corpus.manifest.statistics["size_px"],
-        autoencoder_uri=recipe.uri("autoencoder"),
-    )  # fmt: skip
     scans: dict[str, Any] = {
         split: ray.data.read_parquet(
             parquet_paths(corpus, split, section.max_scans), filesystem=corpus.store.filesystem
@@ -95,55 +81,64 @@ def _train(recipe: Recipe, corpus: Artefact, runs: Store, name: str) -> dict[str
     ):
         trainer = TorchTrainer(
             train_autoencoder,
-            train_loop_config=job.model_dump(mode="json"),
+            train_loop_config=AutoencoderJob.of(recipe, corpus).model_dump(mode="json"),
             datasets=scans,
             dataset_config=DataConfig(datasets_to_split=[]),
             scaling_config=ScalingConfig(
                 num_workers=section.workers, use_gpu=section.use_gpu,
                 resources_per_worker={"CPU": section.cpus_per_worker},
             ),
-            run_config=run_config(
-                runs, name, max_failures=section.max_failures, keep_checkpoints=1, reports=reports,
-            ),
+            run_config=run_config(runs, name, max_failures=section.max_failures, keep_checkpoints=1, reports=reports),
         )  # fmt: skip
         return dict(interruptible(trainer.fit).metrics or {})
 
 
 def _latents(recipe: Recipe, corpus: Artefact, autoencoder: Artefact) -> Artefact:
-    store = Store(recipe.uri("latents"))
-    plan = plan_digest("latents", corpus.digest, autoencoder.digest)
-    begin(store, "latents", plan)
+    store, job = Store(recipe.uri("latents")), plan_encoding(recipe, corpus, autoencoder)
+    begin(store, "latents", job.plan)
     if done := find_artefact(store.uri, "latents"):
         return done
-    shards = sorted(committed(corpus.store, corpus.manifest.statistics["plan"]))
-    missing = [shard for shard in shards if shard not in committed(store, plan)]
-    section = recipe.encode
-    with console.progress("encode", len(shards), "shards", done=len(shards) - len(missing)) as advance:
-        if missing:
-            shards_left: ray.data.Dataset = ray.data.from_items(
-                [{"shard": shard} for shard in missing], override_num_blocks=len(missing)
-            )
-            encoded = shards_left.map_batches(
-                ShardEncoder,
-                fn_constructor_args=(
-                    corpus.uri, autoencoder.uri, store.uri, plan, section.batch_size,
-                    "cuda" if section.gpus_per_worker else "cpu",
-                ),
-                batch_size=1,
-                num_cpus=1,
-                num_gpus=section.gpus_per_worker,
-                compute=ray.data.ActorPoolStrategy(size=min(section.workers, len(missing))),
-            )  # fmt: skip
-            for _ in encoded.iter_rows():
-                advance(1)
-    commits = committed(store, plan)
-    carried = {key: corpus.manifest.statistics[key] for key in ("schema", "envelope", "cells", "spacing_mm", "size_px")}
+    numbers = sorted(committed_shards(corpus.store))
+    prompts = prompt_rows(_texts(job, corpus), first=numbers[-1] + 1) if job.text else []
+    _distribute("prompts", PromptEncoder, prompts, job)
+    _distribute("scans", ShardEncoder, [{"shard": shard} for shard in numbers], job)
     return publish(
         store, kind="latents", name=recipe.name, recipe=recipe.model_dump(mode="json"),
         inputs=[lineage("corpus", corpus), lineage("autoencoder", autoencoder)],
-        files=[entry for commit in commits.values() for entry in commit.files.values()],
-        statistics={"plan": plan, "rows": sum(c.rows for c in commits.values())} | carried,
+        **finished(committed(store, job.plan).values(), corpus),
     )  # fmt: skip
+
+
+def _texts(job: EncodingJob, corpus: Artefact) -> set[str]:
+    """The distinct prompts of everything that training sees."""
+    paths = [path for split in SPLITS for path in parquet_paths(corpus, split)]
+    rows = ray.data.read_parquet(paths, filesystem=corpus.store.filesystem, columns=list(job.attributes.names))
+    distinct: Any = distinct_prompts  # Ray's annotation leaves out functions of more than the batch
+    texts = rows.map_batches(distinct, fn_args=(job,), batch_format="pyarrow", batch_size=4096)
+    return {row["text"] for row in texts.iter_rows()}
+
+
+def _distribute(what: str, worker: Any, shards: Sequence[dict[str, Any]], job: EncodingJob) -> None:
+    """Let actors of a worker class make the shards that are not committed yet."""
+    there = committed_shards(Store(job.latents_uri))
+    missing = [row for row in shards if row["shard"] not in there]
+    section = job.recipe
+    with console.progress(what, len(shards), "shards", done=len(shards) - len(missing)) as advance:
+        if missing:
+            workers = min(section.workers, len(missing))
+            require_room(workers, workers * section.gpus_per_worker, "encode.workers")
+            left: ray.data.Dataset = ray.data.from_items(missing, override_num_blocks=min(len(missing), MOST_TASKS))
+            made = left.map_batches(
+                worker,
+                fn_constructor_args=(job,),
+                batch_size=1,
+                num_cpus=1,
+                num_gpus=section.gpus_per_worker,
+                # An actor has its next shard at hand, whatever Ray Data takes to hand one out.
+                compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=4),
+            )
+            for _ in made.iter_rows():
+                advance(1)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,17 @@ ATTRIBUTES = (
 SCHEMA = AttributeSchema(declarations=ATTRIBUTES)
 
 
-def publish_corpus(uri: str, scans: int = 48, shards: int = 2) -> Artefact:
-    """A finished corpus at `uri`: phantoms of SIZE px, three quarters train and a quarter validation."""
+def publish_corpus(uri: str, scans: int = 48, shards: int = 2, distinct: int | None = None) -> Artefact:
+    """A finished corpus at `uri`: phantoms of SIZE px, three quarters train and a quarter validation.
+
+    With `distinct` there are but so many different phantoms, in turn.
+    """
     store = Store(uri)
     begin(store, "corpus", PLAN)
     files, trained = [], []
     for shard in range(shards):
-        rows = [_row(shard, member) for member in range(shard * scans // shards, (shard + 1) * scans // shards)]
+        members = range(shard * scans // shards, (shard + 1) * scans // shards)
+        rows = [_row(shard, member, distinct or scans) for member in members]
         parts = []
         for split, wanted in (("train", (0, 1, 2)), ("validation", (3,))):
             chosen = [row for number, row in enumerate(rows) if number % 4 in wanted]
@@ -60,8 +64,8 @@ def publish_corpus(uri: str, scans: int = 48, shards: int = 2) -> Artefact:
     return publish(store, kind="corpus", name="phantoms", recipe={}, inputs=[], files=files, statistics=statistics)
 
 
-def _row(shard: int, member: int) -> dict[str, object]:
-    drawn = phantom(11, member, SIZE)
+def _row(shard: int, member: int, distinct: int) -> dict[str, object]:
+    drawn = phantom(11, member % distinct, SIZE)
     image = {"bytes": png_bytes(drawn.pixels), "path": f"{member}.png"}
     return {
         "id": f"{member:016x}",

@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from scanloom.attributes import AttributeSchema
 
@@ -100,6 +102,12 @@ def prompts_schema(tokens_shape: tuple[int, int], pooled_width: int | None) -> p
 def prompt_hash(text: str) -> str:
     """By what rows name a prompt: SHA-256 of its UTF-8 text, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flattened(values: NDArray[np.float16]) -> pa.Array:
+    """Arrays [N, ...] as the column that holds each of them in one list."""
+    size = math.prod(values.shape[1:])
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), size)
 
 
 def dataset_schema(attributes: AttributeSchema) -> pa.Schema:

@@ -1,4 +1,4 @@
-"""The autoencoder's training: reconstruction, a little KL, and a patch discriminator towards the end.
+"""The autoencoder's training, from nothing or given weights: reconstruction, some KL, later a patch discriminator.
 
 The recipe of latent diffusion (Rombach et al. 2022, appendix G) without its pretrained perceptual loss: an L1 loss on
 pixels and on their finite differences keeps edges, and the discriminator (Isola et al. 2017; hinge loss, Lim & Ye
@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -22,23 +22,30 @@ import ray.train.torch
 import torch
 import torch.distributed
 from diffusers import AutoencoderKL
+from monai.metrics.regression import compute_ssim_and_cs
 from monai.networks.nets import PatchDiscriminator
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scanloom.artefact import FileEntry
+from scanloom.artefact import Artefact, FileEntry, plan_digest
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.models.autoencoder import build_autoencoder, latent_shape, moments
-from scanloom.recipe import Autoencoder
+from scanloom.models.autoencoder import build_autoencoder, latent_shape, load_autoencoder, moments
+from scanloom.recipe import Autoencoder, Recipe
+from scanloom.recipe_denoiser import TextDenoiser
 from scanloom.shards.writer import png_pixels
 from scanloom.store import Store
 from scanloom.training.draws import draw, positions, rows_at
+from scanloom.training.given_weights import autoencoder_digest, fetch_autoencoder
+from scanloom.training.views import full_range
 
 HELD_OUT_ROWS = 128
 EVALUATION_BATCH = 16
 REPORT_EVERY_STEPS = 20
 CHECKPOINT = "autoencoder.pt"
+SSIM_WINDOW_PX = 11
+# Where it is trained does not change what comes out.
+_PLACE = {"workers", "cpus_per_worker", "use_gpu", "max_failures", "checkpoint_every_steps"}
 
 
 class AutoencoderJob(BaseModel):
@@ -51,6 +58,24 @@ class AutoencoderJob(BaseModel):
     size_px: int
     autoencoder_uri: str
 
+    @classmethod
+    def of(cls, recipe: Recipe, corpus: Artefact) -> Self:
+        """The job of a recipe on a corpus."""
+        size_px = corpus.manifest.statistics["size_px"]
+        uri = recipe.uri("autoencoder")
+        return cls(recipe=recipe.autoencoder, seed=recipe.seed, size_px=size_px, autoencoder_uri=uri)
+
+
+def plan_autoencoder(recipe: Recipe, corpus: Artefact) -> tuple[str | None, str]:
+    """From where an autoencoder is taken as it is (None: it is trained), and the digest of what decides it."""
+    section, denoiser = recipe.autoencoder, recipe.finetune.denoiser
+    given = section.path
+    if given is None and section.start_from is None and isinstance(denoiser, TextDenoiser):
+        given = denoiser.weights
+    started = section.start_from and autoencoder_digest(section.start_from)
+    told = section.model_dump(mode="json", exclude=_PLACE)
+    return given, plan_digest("autoencoder", corpus.digest, recipe.seed, told, given, started)
+
 
 class Reconstruction(nn.Module):
     """Encode, sample, decode as one forward pass, which data parallelism needs."""
@@ -60,10 +85,9 @@ class Reconstruction(nn.Module):
         self.vae = vae
 
     def forward(self, pixels_B1HW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction [B, 1, H, W], posterior mean and log-variance [B, C, h, w]."""
-        posterior = self.vae.encode(pixels_B1HW).latent_dist
-        latents = posterior.mean + posterior.std * noise_BCHW.to(posterior.mean.dtype)
-        return self.vae.decode(latents).sample, posterior.mean, posterior.logvar
+        """Reconstruction [B, 1, H, W], posterior mean and log-variance [B, C, h, w], float32."""
+        mean, logvar = moments(self.vae, pixels_B1HW)
+        return _grey(self.vae, mean + torch.exp(0.5 * logvar) * noise_BCHW), mean, logvar
 
 
 @dataclass
@@ -77,6 +101,10 @@ class State:
     step: int = 0
 
     @property
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        return self.model, self.discriminator
+
+    @property
     def vae(self) -> AutoencoderKL:
         vae: AutoencoderKL = _bare(self.model).vae
         return vae
@@ -86,8 +114,9 @@ def train_autoencoder(config: dict[str, Any]) -> None:
     """Train an autoencoder and write it, in diffusers layout under `vae/`, into the store.
 
     `config` is an AutoencoderJob as a dict; the Ray Train datasets `train` and `validation` hold corpus rows. The
-    last report carries the written files as `files`, with PSNR (dB) and L1 (share of the full range) on held-out
-    scans. Raises RecipeError when the loss is no longer finite.
+    last report carries the written files as `files`, with `reconstruction_error` of held-out scans, and what it was
+    of given weights under names with `start_` before them. Raises RecipeError when the loss, the error or a weight is
+    no longer finite, before a checkpoint is overwritten.
     """
     job = AutoencoderJob.model_validate(config)
     recipe = job.recipe
@@ -96,6 +125,7 @@ def train_autoencoder(config: dict[str, Any]) -> None:
     scans = _stream("train", job.size_px)[: recipe.max_scans]
     held_out = _stream("validation", job.size_px)[:HELD_OUT_ROWS]
     state = _initial(job)
+    before = _start_error(state.vae, held_out) if recipe.start_from else {}
     metrics = _restore(state)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -110,12 +140,12 @@ def train_autoencoder(config: dict[str, Any]) -> None:
         if not saving and state.step % REPORT_EVERY_STEPS:
             continue
         mean_loss = _mean_over_workers(loss)
-        if not math.isfinite(mean_loss):
-            raise RecipeError(f"autoencoder loss is {mean_loss} at step {state.step}; lower autoencoder.learning_rate")
+        _require_finite({"loss": mean_loss}, state, recipe)
         rate = (state.step - resumed_at) * recipe.batch_size / (time.monotonic() - started)
-        metrics = {"step": state.step, "loss": mean_loss, "images_per_s": rate}
+        metrics = before | {"step": state.step, "loss": mean_loss, "images_per_s": rate}
         if saving:
             metrics |= reconstruction_error(state.vae, held_out)
+            _require_finite(metrics, state, recipe)
         if saving and state.step < recipe.steps:
             _report_checkpoint(state, metrics, rank)
         elif not saving:
@@ -127,17 +157,36 @@ def train_autoencoder(config: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def reconstruction_error(vae: AutoencoderKL, scans_NHW: Tensor) -> dict[str, float]:
-    """PSNR in dB and mean absolute error as a share of the full range, of scans in [-1, 1] through the latents."""
-    squared, absolute = [], []
+    """How far scans in [-1, 1] are from what comes back of them through the latents' means.
+
+    `psnr_db` in dB, `l1` as a share of the full range, and `ssim`, the mean structural similarity (Wang et al. 2004,
+    with its Gaussian window of 11 pixels), 1 for equal scans.
+    """
+    squared, absolute, similar = [], [], []
     for part in scans_NHW.split(EVALUATION_BATCH):
         pixels = _pixels(part).to(vae.device)
-        error = (vae.decode(moments(vae, pixels)[0]).sample.clamp(-1, 1) - pixels) / 2
+        restored = _grey(vae, moments(vae, pixels)[0]).clamp(-1, 1)
+        error = (restored - pixels) / 2
         squared.append(error.square().flatten(1).mean(1))
         absolute.append(error.abs().flatten(1).mean(1))
+        similar.append(_ssim(restored, pixels))
     return {
         "psnr_db": float(-10 * torch.log10(torch.cat(squared).mean())),
         "l1": float(torch.cat(absolute).mean()),
+        "ssim": float(torch.cat(similar).mean()),
     }
+
+
+def _start_error(vae: AutoencoderKL, scans_NHW: Tensor) -> dict[str, float]:
+    return {f"start_{name}": value for name, value in reconstruction_error(vae, scans_NHW).items()}
+
+
+def _ssim(a_B1HW: Tensor, b_B1HW: Tensor) -> Tensor:
+    window_px = min(SSIM_WINDOW_PX, (min(a_B1HW.shape[-2:]) - 1) | 1)
+    similar, _ = compute_ssim_and_cs(
+        a_B1HW, b_B1HW, spatial_dims=2, kernel_size=(window_px,) * 2, kernel_sigma=(1.5, 1.5), data_range=2.0
+    )
+    return similar.flatten(1).mean(1)
 
 
 def _initial(job: AutoencoderJob) -> State:
@@ -147,14 +196,29 @@ def _initial(job: AutoencoderJob) -> State:
         discriminator: nn.Module = PatchDiscriminator(
             spatial_dims=2, in_channels=1, channels=32, num_layers_d=2, norm=("GROUP", {"num_groups": 8})
         )
-    model = ray.train.torch.prepare_model(Reconstruction(build_autoencoder(recipe, job.size_px, job.seed)))
+    model = ray.train.torch.prepare_model(Reconstruction(_start(job)))
     discriminator = ray.train.torch.prepare_model(discriminator)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return State(
         model,
         discriminator,
-        torch.optim.AdamW(model.parameters(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(trained, recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
         torch.optim.AdamW(discriminator.parameters(), recipe.learning_rate / 2, betas=(0.5, 0.9), weight_decay=0.0),
     )
+
+
+def _start(job: AutoencoderJob) -> AutoencoderKL:
+    recipe = job.recipe
+    if recipe.start_from is None:
+        return build_autoencoder(recipe, job.size_px, job.seed)
+    with tempfile.TemporaryDirectory(prefix="scanloom-autoencoder-") as folder:
+        vae = load_autoencoder(fetch_autoencoder(recipe.start_from, Path(folder)), recipe.start_from)
+    vae.train().requires_grad_(True)
+    if recipe.decoder_only:
+        for encoding in (vae.encoder, vae.quant_conv):
+            if encoding is not None:
+                encoding.requires_grad_(False)
+    return vae
 
 
 def _train_step(state: State, recipe: Autoencoder, pixels: Tensor, noise: Tensor) -> Tensor:
@@ -163,7 +227,6 @@ def _train_step(state: State, recipe: Autoencoder, pixels: Tensor, noise: Tensor
         group["lr"] = recipe.learning_rate * _rate_factor(recipe, state.step)
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         reconstructed, mean, logvar = state.model(pixels, noise)
-        mean, logvar, reconstructed = mean.float(), logvar.float(), reconstructed.float()
         loss: Tensor = _reconstruction_loss(reconstructed, pixels)
         loss = loss + recipe.kl_weight * 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
         total = loss
@@ -216,19 +279,34 @@ def _stream(split: str, size_px: int) -> Tensor:
     if not tables:
         raise ArtefactError(f"the corpus holds no {split} scans; prepare more, or change prepare.split")
     table = pa.concat_tables(tables).sort_by("id")
-    scans = np.stack([_full_range(png_pixels(image["bytes"])) for image in table["image"].to_pylist()])
+    scans = np.stack(
+        [full_range(png_pixels(image["bytes"])).astype(np.float16) for image in table["image"].to_pylist()]
+    )
     if scans.shape[1:] != (size_px, size_px):
         raise ArtefactError(f"the corpus holds scans of {scans.shape[1:]}, expected {size_px} x {size_px}")
     return torch.from_numpy(scans)
 
 
-def _full_range(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """float16 in [-1, 1]."""
-    return (pixels / (np.iinfo(pixels.dtype).max / 2.0) - 1.0).astype(np.float16)
-
-
 def _pixels(scans_BHW: Tensor) -> Tensor:
     return scans_BHW[:, None].float()
+
+
+def _grey(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
+    """What the decoder makes of latents as they were encoded, [B, 1, H, W] float32 in about [-1, 1]."""
+    painted: Tensor = vae.decode(latents_BCHW).sample
+    return painted.float().mean(1, keepdim=True)
+
+
+def _require_finite(metrics: Mapping[str, float], state: State, recipe: Autoencoder) -> None:
+    """The same on every worker: losses are averaged over them, and weights are equal."""
+    what = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+    if what is None and not all(bool(p.isfinite().all()) for n in state.networks for p in n.parameters()):
+        what = "a weight"
+    if what:
+        raise RecipeError(
+            f"autoencoder: {what} is no number at step {state.step}; lower autoencoder.learning_rate "
+            f"(now {recipe.learning_rate:g})"
+        )
 
 
 def _mean_over_workers(value: Tensor) -> float:
@@ -245,10 +323,14 @@ def _release(job: AutoencoderJob, state: State, scans: Tensor, rank: int) -> lis
     if rank != 0:
         return []
     vae = state.vae
-    with torch.no_grad():
-        parts = scans[:512].split(EVALUATION_BATCH)
-        mean = torch.cat([moments(vae, _pixels(part).to(vae.device))[0] for part in parts])
-    vae.register_to_config(scaling_factor=float(1.0 / mean.std()), shift_factor=float(mean.mean()))
+    # A pretrained denoiser knows its own latents' scale.
+    if job.recipe.start_from is None:
+        with torch.no_grad():
+            parts = scans[:512].split(EVALUATION_BATCH)
+            mean = torch.cat([moments(vae, _pixels(part).to(vae.device))[0] for part in parts])
+        vae.register_to_config(scaling_factor=float(1.0 / mean.std()), shift_factor=float(mean.mean()))
+    # diffusers notes the folder that weights were loaded from: a scratch folder, another one at every run.
+    vae.register_to_config(_name_or_path="")
     with tempfile.TemporaryDirectory(prefix="scanloom-autoencoder-") as folder:
         vae.save_pretrained(Path(folder) / "vae")
         stored = Store(job.autoencoder_uri).put_folder(Path(folder))
