@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -15,8 +17,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from scanloom.models.conditioner import feature_widths
+from scanloom.models.family import initial_denoiser
+from scanloom.recipe_denoiser import AttributeUnet, Denoiser, Lora
 from scanloom.training import meter
 from scanloom.training.meter import Meter, peak_flops, peak_memory_gb, peak_of, train_flops
+from tests.tiny_families import CLIP_WIDTH, LATENT_SHAPE, TEXT_FAMILIES, card_of, section, write_base
+from tests.tiny_generator import SCHEMA
 
 CPU = torch.device("cpu")
 
@@ -193,6 +200,28 @@ def test_a_unet_counts_the_same_for_any_batch_and_with_gradient_checkpointing() 
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         _Sample(unet)(*inputs)
     assert plain / counter.get_total_flops() == pytest.approx(3.0, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "family, lora", [("attribute-unet", None), *itertools.product(TEXT_FAMILIES, (None, Lora(rank=4)))]
+)
+def test_shapes_alone_count_what_computing_counts_in_every_family(
+    family: str, lora: Lora | None, tmp_path: Path
+) -> None:
+    if family == "attribute-unet":
+        config: Denoiser = AttributeUnet(channels=(8, 16), attention_head_dim=8, condition_dim=16)
+        base, told = None, {"features": torch.zeros(1, sum(feature_widths(SCHEMA))), "drop": torch.zeros(1, 4).bool()}
+    else:
+        base = write_base(family, tmp_path)
+        config = section(family, base, lora)
+        told = {"tokens": torch.zeros(1, 8, CLIP_WIDTH * (1 if family == "sd" else 2))}
+        if family != "sd":
+            told["pooled"] = torch.zeros(1, CLIP_WIDTH * (2 if family == "sd3" else 1))
+    denoiser = initial_denoiser(config, card_of(config), 0, base)
+    inputs = torch.zeros(1, *LATENT_SHAPE), torch.zeros(1, dtype=torch.int64), told
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        denoiser(*inputs).sum().backward()
+    assert train_flops(denoiser, *inputs) == counter.get_total_flops() > 0
 
 
 def test_counting_leaves_weights_gradients_and_devices_as_they_were() -> None:

@@ -22,6 +22,7 @@ from scanloom.training.probes import (
     copy_rate,
     draw_samples,
     held_out_by_timestep,
+    reference_rows,
     sample_grid,
 )
 
@@ -185,6 +186,16 @@ def test_a_larger_training_set_has_no_more_chances() -> None:
     rates = [copy_rate(*_sets(seed, 64, 900, 90)) for seed in range(40)]
     assert {found.references for found in rates} == {90}
     assert np.mean([found.rate for found in rates]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_references_that_were_cut_before_are_the_ones_compared_with() -> None:
+    samples, train, held_out = _sets(0, 64, 300, 90)
+    train_rows, held_out_rows = reference_rows(300, 90, seed=5)
+    assert held_out_rows.tolist() == list(range(90))
+    assert len(set(train_rows.tolist())) == 90
+    assert train_rows.tolist() != list(range(90))
+    cut = copy_rate(samples, train[train_rows], held_out[held_out_rows], seed=5)
+    assert cut == copy_rate(samples, train, held_out, seed=5)
 
 
 def test_many_samples_of_one_copied_latent_are_one_observation() -> None:

@@ -14,7 +14,7 @@ from scanloom.models.autoencoder import decode
 from scanloom.models.noise_schedule import NoiseSchedule
 from scanloom.training.batches import Batch, Batches
 from scanloom.training.engine import Model
-from scanloom.training.probes import copy_rate, draw_samples, held_out_by_timestep, sample_grid
+from scanloom.training.probes import copy_rate, draw_samples, held_out_by_timestep, reference_rows, sample_grid
 
 HELD_OUT_ROWS = 128
 EVALUATION_BATCH = 32
@@ -87,19 +87,20 @@ class Evaluation:
         drawn = over_workers(drawn)[: self.images].cpu()
         if self.rank:
             return {}, b""
-        copies = copy_rate(drawn, self._some(self.train), self._some(self.held_out), seed=self.seed)
+        train_R, held_out_R = self._references()
+        copies = copy_rate(drawn, self.train.clean(train_R), self.held_out.clean(held_out_R), seed=self.seed)
         images = torch.cat([decode(self.vae, part).cpu() for part in drawn.to(self.vae.device).split(EVALUATION_BATCH)])
         captions = [f"as {'train' if number % 2 else 'held-out'} scan {number // 2}" for number in range(self.images)]
         return copies.metrics(), sample_grid(images, captions)
 
     def _told(self, numbers: list[int]) -> dict[str, Tensor]:
         told: list[dict[str, Tensor]] = []
+        train_R, held_out_R = self._references()
         for number in numbers:
-            latents = (self.train if number % 2 else self.held_out).latents
-            row = torch.tensor([number // 2 % len(latents)])
-            told.append(latents.conditions.batch(row, torch.tensor([False])))
+            batches, rows = (self.train, train_R) if number % 2 else (self.held_out, held_out_R)
+            row = rows[number // 2 % len(rows)].view(1)
+            told.append(batches.latents.conditions.batch(row, torch.tensor([False])))
         return {name: torch.cat([one[name] for one in told]) for name in told[0]}
 
-    @staticmethod
-    def _some(batches: Batches, limit: int = 8192) -> Tensor:
-        return batches.clean(torch.arange(min(len(batches.latents), limit)))
+    def _references(self) -> tuple[Tensor, Tensor]:
+        return reference_rows(len(self.train.latents), len(self.held_out.latents), seed=self.seed)

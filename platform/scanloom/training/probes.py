@@ -130,6 +130,15 @@ class CopyRate:
         }
 
 
+def reference_rows(train: int, held_out: int, *, seed: int = 0, limit: int = 8192) -> tuple[Tensor, Tensor]:
+    """Rows int64 [R] of a training and of a held-out set of these sizes: equally many, at most `limit`, fixed by `seed`.
+
+    All of the smaller set, and all of both where they are equal.
+    """
+    size = min(train, held_out, limit)
+    return _subset(train, size, seed), _subset(held_out, size, seed)
+
+
 @torch.no_grad()
 def copy_rate(samples: Tensor, train: Tensor, held_out: Tensor, *, seed: int = 0, limit: int = 8192) -> CopyRate:
     """Whether samples [N, ...] are nearer to training latents [R, ...] than to as many held-out ones, by L2 distance.
@@ -137,9 +146,9 @@ def copy_rate(samples: Tensor, train: Tensor, held_out: Tensor, *, seed: int = 0
     The share of synthetic records nearer to the training set than to a held-out set of the same distribution is 0.5
     for a generator that has memorised nothing (Platzer & Reutterer 2021); copies raise it.
 
-    Both sets are cut to the smaller one's size, at most `limit`, by a subset that `seed` fixes, so that neither has
-    more chances. So of a larger training set only copies of that part can be found. All three are in the same scale;
-    draw the samples on conditions of both sets alike, or of neither.
+    Both sets are cut to `reference_rows`, so that neither has more chances. So of a larger training set only copies of
+    that part can be found. All three are in the same scale; draw the samples on conditions of those rows, of both sets
+    alike, or of none.
 
     The interval is Wilson's (1927) on an effective number of samples, N**2 / sum of k_r**2 (Kish 1965), where k_r
     samples have reference r as their nearest: samples that share a nearest latent are one observation of which set it
@@ -149,12 +158,13 @@ def copy_rate(samples: Tensor, train: Tensor, held_out: Tensor, *, seed: int = 0
     A figure to choose a checkpoint by, not evidence of privacy: what it cannot see, such as copies that were changed, a
     membership attack may.
     """
-    size = min(len(train), len(held_out), limit)
+    train_R, held_out_R = reference_rows(len(train), len(held_out), seed=seed, limit=limit)
+    size = len(train_R)
     if size == 0 or len(samples) == 0:
         raise RecipeError("copy rate: needs at least one sample, one training latent and one held-out latent")
     flat_NM = samples.flatten(1).float()
-    to_train_N, train_N = _nearest(flat_NM, train[_subset(len(train), size, seed)])
-    to_held_out_N, held_out_N = _nearest(flat_NM, held_out[_subset(len(held_out), size, seed)])
+    to_train_N, train_N = _nearest(flat_NM, train[train_R])
+    to_held_out_N, held_out_N = _nearest(flat_NM, held_out[held_out_R])
     nearer_N = (to_train_N < to_held_out_N).double() + 0.5 * (to_train_N == to_held_out_N)
     nearest_N = torch.where(to_train_N < to_held_out_N, train_N, held_out_N + size)
     times_nearest = torch.bincount(nearest_N).double()
