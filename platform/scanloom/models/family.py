@@ -197,6 +197,9 @@ def _save_text_family(folder: Path, card: GeneratorCard, denoiser: TextDenoiser,
             for file in sorted((start / part).iterdir()):
                 if is_weight_file(file.name):
                     shutil.copyfile(file, folder / part / file.name)
+    if card.family == "sd3":
+        # A base saved without T5 does not mention it, and its pipeline would not open.
+        index = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]} | index
     index |= {part: [None, None] for part in UNUSED if part in index}
     index |= {"requires_safety_checker": False} if "safety_checker" in index else {}
     return index | {"_diffusers_version": diffusers.__version__}

@@ -50,7 +50,7 @@ class TextConditioner:
             reason = " ".join(str(error).split()).replace(str(folder), where or str(folder))
             raise ArtefactError(f"{where or folder}: a text encoder cannot be read: {reason[:200]}") from error
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """`tokens` [N, L, D] and, for sdxl and sd3, `pooled` [N, P], float32, of the texts.
 
