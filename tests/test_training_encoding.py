@@ -46,7 +46,7 @@ def publish_autoencoder(uri: str, channels: tuple[int, ...] = (8, 8), *, broken:
     """An untrained autoencoder."""
     vae = build_autoencoder(Autoencoder(channels=channels), SIZE, 0)
     if broken:
-        torch.nn.init.constant_(next(vae.encoder.parameters()), 1e30)
+        torch.nn.init.constant_(vae.get_parameter("encoder.conv_in.weight"), 1e30)
     vae.save_pretrained(Path(uri) / "vae")
     files = [
         FileEntry.of(Store(uri).digest(f"vae/{name}"))

@@ -183,8 +183,9 @@ def _start_error(vae: AutoencoderKL, scans_NHW: Tensor) -> dict[str, float]:
 
 def _ssim(a_B1HW: Tensor, b_B1HW: Tensor) -> Tensor:
     window_px = min(SSIM_WINDOW_PX, (min(a_B1HW.shape[-2:]) - 1) | 1)
+    a_B1HW, b_B1HW = (images * 0.5 + 0.5 for images in (a_B1HW, b_B1HW))  # it is defined from 0 up
     similar, _ = compute_ssim_and_cs(
-        a_B1HW, b_B1HW, spatial_dims=2, kernel_size=(window_px,) * 2, kernel_sigma=(1.5, 1.5), data_range=2.0
+        a_B1HW, b_B1HW, spatial_dims=2, kernel_size=(window_px,) * 2, kernel_sigma=(1.5, 1.5), data_range=1.0
     )
     return similar.flatten(1).mean(1)
 
