@@ -1,15 +1,12 @@
-"""A few training steps of a tiny denoiser on any number of workers, without Ray: run by test_training_checkpoint.py.
-
-python -m tests.training_worker SPEC, a JSON file; rank and number of workers as torchrun says them.
-"""
+"""A few training steps of a tiny denoiser on any number of workers, without Ray, for test_training_checkpoint.py."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,6 @@ from scanloom.training.objectives import add_noise, timesteps
 from scanloom.training.partition import Partition
 from tests.tiny_generator import SCHEMA
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (4, 8, 8)
 FROZEN = "unet.conv_in.weight"
 
@@ -34,40 +30,49 @@ FROZEN = "unet.conv_in.weight"
 def train(folder: Path, name: str, *, workers: int, steps: tuple[int, int], **recipe: object) -> list[float]:
     """Losses of the steps [first, last) by so many processes; goes on from `folder / "state"` and leaves it there.
 
-    The average and the weights that the engine computes with, as all workers put them together, are left in
-    `folder / name`.
+    What training came to is left in `folder / name`: the average, put together from all workers, and what the engine
+    says to a probe with its weights, with the average, and with its weights again.
     """
-    spec = folder / f"{name}.json"
-    spec.write_text(json.dumps({"folder": str(folder), "name": name, "steps": steps, "recipe": recipe}))
+    # A server that has imported everything forks the workers: importing takes longer than training.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__, "deepspeed"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "WORLD_SIZE": str(workers),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "tests.training_worker", str(spec)]
     running = [
-        subprocess.Popen(
-            command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT,
-            stdout=subprocess.DEVNULL, stderr=(folder / f"{name}-{rank}.log").open("w"),
-        )
+        processes.Process(target=_work, args=(folder, name, rank, workers, port, steps, recipe))
         for rank in range(workers)
-    ]  # fmt: skip
-    failed = [rank for rank, process in enumerate(running) if process.wait(timeout=120)]
-    assert not failed, (folder / f"{name}-{failed[0]}.log").read_text()[-2000:]
+    ]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(timeout=300)
+        process.kill()
+    told = sorted(folder.glob(f"{name}-*.error"))
+    assert not told, told[0].read_text()
     losses: list[float] = json.loads((folder / f"{name}.losses").read_text())
     return losses
 
 
-def main() -> None:
-    """One worker's part."""
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    folder, rank, workers = Path(spec["folder"]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    recipe = Finetune(batch_size=4, learning_rate=1e-2, warmup_steps=0, **spec["recipe"])
+def _work(
+    folder: Path, name: str, rank: int, workers: int, port: int, steps: tuple[int, int], recipe: dict[str, Any]
+) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers), "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group("gloo")
+        _train(folder, name, rank, workers, steps, Finetune(batch_size=4, learning_rate=1e-2, **recipe))
+    except BaseException:
+        (folder / f"{name}-{rank}.error").write_text(traceback.format_exc())
+        raise
+
+
+def _train(folder: Path, name: str, rank: int, workers: int, steps: tuple[int, int], recipe: Finetune) -> None:
     denoiser = build_denoiser(AttributeUnet(channels=(8, 16), condition_dim=16), SCHEMA, SHAPE, seed=1)
     denoiser.get_parameter(FROZEN).requires_grad_(False)
-    torch.distributed.init_process_group("gloo")
     saved = SavedState(folder / "state") if (folder / "state").exists() else None
     if saved is not None:
         saved.restore_weights(denoiser)
@@ -77,27 +82,32 @@ def main() -> None:
     if saved is not None:
         saved.restore(partition, ema)
     torch.distributed.barrier()
-    losses = [_step(model, recipe, ema, step, rank, workers) for step in range(*spec["steps"])]
+    losses = [_step(model, recipe, ema, step, rank, workers) for step in range(*steps)]
     state = folder / "state"
     state.mkdir(exist_ok=True)
     if rank == 0:
         for old in state.glob("part-*"):
             old.unlink()
     torch.distributed.barrier()
-    write_part(state, partition, ema, {"step": spec["steps"][1]}, rank)
-    averaged = dict(partition.gather(ema.shadow))
-    probe = draw([10**6] * 4, SHAPE, 1, seed=3).noise_BCHW
-    model.engine.eval()
-    with torch.no_grad():
-        before = model.predict(probe, torch.full((4,), 500), _condition(4))
-        with partition.showing(ema.shadow):
-            shown = model.predict(probe, torch.full((4,), 500), _condition(4))
-        after = model.predict(probe, torch.full((4,), 500), _condition(4))
+    write_part(state, partition, ema, {"step": steps[1]}, rank)
+    end = {"averaged": dict(partition.gather(ema.shadow)), "before": _probe(model)}
+    with partition.showing(ema.shadow):
+        end["shown"] = _probe(model)
+    end["after"] = _probe(model)
     if rank == 0:
-        torch.save({"averaged": averaged, "before": before, "shown": shown, "after": after}, folder / spec["name"])
-        (folder / f"{spec['name']}.losses").write_text(json.dumps(losses))
+        torch.save(end, folder / name)
+        (folder / f"{name}.losses").write_text(json.dumps(losses))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def _probe(model: Any) -> torch.Tensor:
+    model.engine.eval()
+    noisy = draw([10**6] * 4, SHAPE, 1, seed=3).noise_BCHW
+    said: torch.Tensor = model.predict(noisy, torch.full((4,), 500), _condition(4))
+    model.engine.train()
+    return said
 
 
 def _step(model: Any, recipe: Finetune, ema: Ema, step: int, rank: int, workers: int) -> float:
@@ -124,7 +134,3 @@ def _step(model: Any, recipe: Finetune, ema: Ema, step: int, rank: int, workers:
 def _condition(rows: int) -> dict[str, torch.Tensor]:
     width = 1 + 2 + 1 + 4
     return {"features": torch.ones(rows, width), "drop": torch.zeros(rows, 4, dtype=torch.bool)}
-
-
-if __name__ == "__main__":
-    main()
