@@ -101,14 +101,6 @@ def test_each_loss_counts_in_the_bucket_of_its_timestep() -> None:
     assert bucket_names(BUCKETS)[-1] == "t900-999"
 
 
-def test_workers_that_hold_unequal_parts_agree_on_the_mean_of_all_rows() -> None:
-    losses, timesteps = torch.arange(9.0), torch.tensor([50] * 6 + [500] * 3)
-    parts: list[Tensor] = []
-    held_out_by_timestep(losses[:7], timesteps[:7], lambda sums: parts.append(sums) or sums)  # type: ignore[func-returns-value]
-    both = held_out_by_timestep(losses[7:], timesteps[7:], lambda sums: sums + parts[0])
-    assert both == held_out_by_timestep(losses, timesteps)
-
-
 def _pixels(png: bytes) -> npt.NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(png)).convert("L"))
 

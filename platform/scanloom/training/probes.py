@@ -40,18 +40,13 @@ def bucket_names(buckets: int) -> list[str]:
     return [f"t{low:03d}-{high - 1:03d}" for low, high in itertools.pairwise(edges)]
 
 
-def held_out_by_timestep(
-    losses_N: Tensor, timesteps_N: Tensor, over_workers: Callable[[Tensor], Tensor] = lambda sums: sums
-) -> list[float | None]:
-    """Mean loss in each of BUCKETS equal parts of the schedule, None where no row fell.
-
-    `over_workers` adds a tensor over all workers, where each holds a part of the rows.
-    """
+def held_out_by_timestep(losses_N: Tensor, timesteps_N: Tensor) -> list[float | None]:
+    """Mean loss in each of BUCKETS equal parts of the schedule, None where no row fell."""
     bucket_N = timesteps_N.cpu() * BUCKETS // TRAIN_TIMESTEPS
     sums = torch.zeros(2, BUCKETS, dtype=torch.float64)
     sums[0].index_add_(0, bucket_N, losses_N.detach().cpu().double())
     sums[1].index_add_(0, bucket_N, torch.ones(len(bucket_N), dtype=torch.float64))
-    total, count = over_workers(sums).tolist()
+    total, count = sums.tolist()
     return [t / c if c else None for t, c in zip(total, count, strict=True)]
 
 
@@ -61,7 +56,7 @@ def draw_samples(
     schedule: NoiseSchedule,
     conditions: Conditions,
     numbers: Sequence[int],
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     *,
     seed: int,
     device: torch.device | str = "cpu",
@@ -131,7 +126,7 @@ class CopyRate:
 
 
 def reference_rows(train: int, held_out: int, *, seed: int = 0, limit: int = 8192) -> tuple[Tensor, Tensor]:
-    """Rows int64 [R] of a training and of a held-out set of these sizes: equally many, at most `limit`, fixed by `seed`.
+    """Rows int64 [R] of a training and of a held-out set of these sizes: equally many, at most `limit`, by `seed`.
 
     All of the smaller set, and all of both where they are equal.
     """
