@@ -52,6 +52,15 @@ def test_a_small_recipe_is_filled_with_defaults_and_comes_back_from_its_manifest
     assert parse_recipe(recipe.model_dump(mode="json"), "manifest") == recipe
 
 
+def test_a_local_store_is_the_same_place_for_a_worker_that_runs_in_another_folder(
+    file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = load_recipe(file, ["store=runs/r"]).uri("generator")
+    monkeypatch.chdir("/")
+    assert told == f"{tmp_path}/runs/r/generator"
+
+
 @pytest.mark.parametrize(
     ("changes", "hint"),
     [

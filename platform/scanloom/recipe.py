@@ -224,12 +224,14 @@ class Recipe(Section):
         return self
 
     def uri(self, artefact: str) -> str:
-        """URI of an artefact folder of this recipe, e.g. `uri("corpus")`.
+        """URI of an artefact folder of this recipe, e.g. `uri("corpus")`; a local one absolute, as workers need it.
 
         The corpus, and what is made of it under a fixed name, has its version in its name from the second on.
         """
         versioned = artefact in _OF_ONE_CORPUS and self.corpus_version > 1
-        return f"{self.store.rstrip('/')}/{artefact}" + (f"-v{self.corpus_version}" if versioned else "")
+        # A worker's working folder is not that of whoever started the job.
+        root = self.store if "://" in self.store else str(Path(self.store).expanduser().absolute())
+        return f"{root.rstrip('/')}/{artefact}" + (f"-v{self.corpus_version}" if versioned else "")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
