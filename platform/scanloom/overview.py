@@ -121,6 +121,8 @@ def how_many(artefact: Artefact) -> str:
         return f"{statistics['training']['step']} steps"
     if "psnr_db" in statistics:
         return f"{statistics['psnr_db']:.1f} dB PSNR held out"
+    if "taken_from" in statistics:
+        return f"taken from {statistics['taken_from']}"
     refused = sum(statistics.get("quarantined", {}).values())
     rows = f"{statistics['rows']} pictures" if "rows" in statistics else f"{len(artefact.manifest.files)} files"
     return rows + (f", {refused} refused" if refused else "")
