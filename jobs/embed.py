@@ -40,6 +40,7 @@ def embed(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory(prefix="scanloom-base-") as scratch:
         folder = Path(scratch) / "generator"
         trained.fetch(folder)
+        shutil.rmtree(folder / "training", ignore_errors=True)  # reports and pictures of the run
         for weights in folder.rglob("*.safetensors"):
             halve(weights)
         figures = _figures(recipe, trained, folder)
