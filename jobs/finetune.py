@@ -114,22 +114,25 @@ def _train(section: Finetune, job: FinetuneJob, latents: Artefact, runs: Store, 
         console.progress("finetune", section.steps, "steps") as advance,
         following(console.step_follower(advance)) as reports,
     ):
+        # Checkers see the classes of Ray Tune's time, which know neither a result nor a range of workers.
+        scaling: dict[str, Any] = {"num_workers": section.workers}
+        work: Any = train_denoiser
         trainer = TorchTrainer(
-            train_denoiser,
+            work,
             train_loop_config=job.model_dump(mode="json"),
             datasets=rows,
             # Every worker streams all latents once; which rows it trains on follows from the step and its rank.
             dataset_config=DataConfig(datasets_to_split=[]),
             scaling_config=ScalingConfig(
-                num_workers=section.workers, use_gpu=section.use_gpu,
-                resources_per_worker={"CPU": section.cpus_per_worker},
+                use_gpu=section.use_gpu, resources_per_worker={"CPU": section.cpus_per_worker}, **scaling,
             ),
             run_config=run_config(
                 runs, name, max_failures=section.max_failures, keep_checkpoints=section.keep_checkpoints,
                 reports=reports,
             ),
         )  # fmt: skip
-        made: dict[str, Any] = interruptible(trainer.fit).return_value or {}
+        result: Any = interruptible(trainer.fit)
+    made: dict[str, Any] = result.return_value or {}
     if refused := made.get("refused"):
         raise RecipeError(refused)
     return made

@@ -24,7 +24,7 @@ from scanloom.console import root_cause
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models.attribute_unet import build_denoiser
 from scanloom.models.generator import load_generator
-from scanloom.recipe import Recipe, parse_recipe
+from scanloom.recipe import AttributeUnet, Recipe, parse_recipe
 from scanloom.store import Store
 from scanloom.training.journal import read_history, read_samples
 from tests.phantom_corpus import ATTRIBUTES, SIZE, publish_corpus
@@ -150,6 +150,7 @@ def test_a_generator_is_a_diffusers_folder(generator: Artefact) -> None:
 def test_the_released_weights_moved_from_where_training_began(generator: Artefact) -> None:
     job = recipe(generator.uri).finetune
     trained = load_generator(generator.uri)
+    assert isinstance(job.denoiser, AttributeUnet)
     start = build_denoiser(job.denoiser, trained.schema, trained.latent_shape, seed=3)
     released = UNet2DConditionModel.from_pretrained(Path(generator.uri) / "unet", local_files_only=True)
     moved = [not torch.equal(a, b) for a, b in zip(start.unet.parameters(), released.parameters(), strict=True)]

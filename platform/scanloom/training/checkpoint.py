@@ -74,7 +74,7 @@ class SavedState:
             self._common: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
             self._slices: dict[str, list[Slice]] = defaultdict(list)
             for file in sorted(folder.glob("part-*.safetensors")):
-                opened = safe_open(file, "pt")
+                opened: Any = safe_open(file, "pt")
                 for index, *piece in json.loads(opened.metadata()["pieces"]):
                     self._slices[piece[0]].append(Slice(opened, index, Piece(*piece)))
         except (OSError, ValueError, SafetensorError) as error:

@@ -12,6 +12,10 @@ from ray.train import Checkpoint, UserCallback
 from ray.util.queue import Empty, Queue
 
 
+# What fits on a line; the rest is in the journal.
+SHOWN = ("step", "loss", "held_out_loss", "images_per_s", "data_wait_share", "mfu", "copy_rate", "psnr_db", "ssim")
+
+
 class QueueReports(UserCallback):
     """Puts the metrics that worker 0 reports into a queue; runs in the controller."""
 
@@ -21,7 +25,7 @@ class QueueReports(UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Forward one report; training does not stop because nobody can hear of it."""
         with suppress(RayError):
-            self._queue.put({name: value for name, value in metrics[0].items() if isinstance(value, (int, float))})
+            self._queue.put({name: metrics[0][name] for name in SHOWN if name in metrics[0]})
 
 
 @contextmanager
