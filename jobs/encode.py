@@ -98,7 +98,9 @@ def _latents(recipe: Recipe, corpus: Artefact, autoencoder: Artefact) -> Artefac
     begin(store, "latents", job.plan)
     if done := find_artefact(store.uri, "latents"):
         return done
-    numbers = sorted(committed_shards(corpus.store))
+    numbers, section = sorted(committed_shards(corpus.store)), recipe.encode
+    workers = min(section.workers, len(numbers))
+    require_room(workers, workers * section.gpus_per_worker, "encode.workers")
     prompts = prompt_rows(_texts(job, corpus), first=numbers[-1] + 1) if job.text else []
     _distribute("prompts", PromptEncoder, prompts, job)
     _distribute("scans", ShardEncoder, [{"shard": shard} for shard in numbers], job)
@@ -125,8 +127,6 @@ def _distribute(what: str, worker: Any, shards: Sequence[dict[str, Any]], job: E
     section = job.recipe
     with console.progress(what, len(shards), "shards", done=len(shards) - len(missing)) as advance:
         if missing:
-            workers = min(section.workers, len(missing))
-            require_room(workers, workers * section.gpus_per_worker, "encode.workers")
             left: ray.data.Dataset = ray.data.from_items(missing, override_num_blocks=min(len(missing), MOST_TASKS))
             made = left.map_batches(
                 worker,
@@ -135,7 +135,9 @@ def _distribute(what: str, worker: Any, shards: Sequence[dict[str, Any]], job: E
                 num_cpus=1,
                 num_gpus=section.gpus_per_worker,
                 # An actor has its next shard at hand, whatever Ray Data takes to hand one out.
-                compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=4),
+                compute=ray.data.ActorPoolStrategy(
+                    size=min(section.workers, len(missing)), max_tasks_in_flight_per_actor=4
+                ),
             )
             for _ in made.iter_rows():
                 advance(1)
