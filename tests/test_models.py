@@ -14,15 +14,15 @@ from scanloom.attributes import Attributes, AttributeSchema
 from scanloom.errors import ArtefactError
 from scanloom.models.autoencoder import build_autoencoder, decode, latent_shape, load_autoencoder, moments, normalise
 from scanloom.models.conditioner import AttributeConditioner, feature_widths, features
+from scanloom.models.family import read_denoiser, save_generator
 from scanloom.models.generator import (
-    load_denoiser,
     load_generator,
     read_card,
     read_generator,
     read_latent_shape,
     require_continuable,
-    save_generator,
 )
+from scanloom.models.noise_schedule import PredictionType, read_schedule
 from scanloom.recipe import Autoencoder
 from scanloom.store import Store
 from tests.tiny_generator import ATTRIBUTES, SCHEMA, publish_generator
@@ -142,14 +142,6 @@ def test_weights_that_changed_in_the_store_are_found_when_the_generator_is_loade
         load_generator(artefact.uri)
 
 
-def test_training_goes_on_only_from_a_generator_of_the_same_attributes(generator: Artefact) -> None:
-    other = SCHEMA.model_copy(update={"declarations": ATTRIBUTES[:2]})
-    shape = load_generator(generator.uri).latent_shape
-    with pytest.raises(ArtefactError, match="sex, age, view, findings"):
-        load_denoiser(generator.uri, other, shape)
-    assert load_denoiser(generator.uri, SCHEMA, shape).training
-
-
 def test_training_goes_on_only_on_the_latents_and_target_of_before(generator: Artefact, tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     files = [FileEntry.of(file) for file in store.put_folder(Path(generator.uri) / "vae", "vae")]
@@ -159,6 +151,7 @@ def test_training_goes_on_only_on_the_latents_and_target_of_before(generator: Ar
     card = read_card(Path(generator.uri))
     older = [d.model_copy(update={"maximum": 90.0}) if d.name == "age" else d for d in ATTRIBUTES]
     require_continuable(generator, card, "v_prediction", same)
+    target: PredictionType
     for update, target, latents_of, why in (
         ({"condition_dim": 32}, "v_prediction", same, "condition_dim is 16, this recipe's is 32"),
         ({"latent_shape": (4, 16, 16)}, "v_prediction", same, "latent shape"),
@@ -186,9 +179,10 @@ def test_saving_what_was_loaded_from_two_places_writes_the_same_bytes(generator:
     for name in ("first", "second"):
         shutil.copytree(Path(generator.uri) / "vae", tmp_path / name / "vae")
         vae = load_autoencoder(tmp_path / name / "vae")
-        denoiser = load_denoiser(generator.uri, SCHEMA, load_generator(generator.uri).latent_shape)
         card = read_card(Path(generator.uri))
-        save_generator(tmp_path / name / "saved", card, denoiser, vae, "v_prediction")
+        denoiser = read_denoiser(Path(generator.uri), card)
+        schedule = read_schedule(Path(generator.uri))
+        save_generator(tmp_path / name / "saved", card, denoiser, vae, schedule, None)
         saved = sorted((tmp_path / name / "saved").rglob("*.*"))
         written.append({file.relative_to(tmp_path / name): file.read_bytes() for file in saved})
     assert written[0] == written[1]

@@ -12,7 +12,9 @@ from scanloom.artefact import Artefact, FileEntry, publish
 from scanloom.attributes import AttributeSchema, Envelope, Range
 from scanloom.models.attribute_unet import build_denoiser
 from scanloom.models.autoencoder import build_autoencoder
-from scanloom.models.generator import GeneratorCard, save_generator
+from scanloom.models.card import GeneratorCard
+from scanloom.models.family import save_generator
+from scanloom.models.noise_schedule import noise_schedule
 from scanloom.recipe import AttributeUnet, Autoencoder, CategoryAttribute, LabelsAttribute, NumberAttribute
 from scanloom.store import Store
 
@@ -66,7 +68,7 @@ def publish_generator(uri: str, seed: int = 0) -> Artefact:
             torch.nn.init.normal_(parameter, std=0.3)
     with tempfile.TemporaryDirectory() as folder:
         vae = build_autoencoder(Autoencoder(channels=(8, 8)), SIZE, seed)
-        save_generator(Path(folder), card, denoiser, vae, "v_prediction")
+        save_generator(Path(folder), card, denoiser, vae, noise_schedule("v_prediction"), None)
         files = [FileEntry.of(stored) for stored in Store(uri).put_folder(Path(folder))]
     return publish(
         Store(uri), kind="generator", name="tiny", recipe={}, inputs=[], files=files, statistics=STATISTICS

@@ -26,20 +26,12 @@ class AttributeDenoiser(nn.Module):
         self.unet = unet
         self.conditioner = conditioner
 
-    def forward(
-        self,
-        latents_BCHW: Tensor,
-        timesteps_B: Tensor,
-        condition: Mapping[str, Tensor] | Tensor,
-        drop_BA: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, latents_BCHW: Tensor, timesteps_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """The network's prediction [B, C, H, W] for noisy latents at integer timesteps.
 
         `condition` holds `features` [B, F] (see `conditioner.features`) and, where some are dropped, `drop`: bool
         [B, A].
         """
-        if isinstance(condition, Tensor):
-            condition = {"features": condition} | ({} if drop_BA is None else {"drop": drop_BA})
         tokens_BAD = self.conditioner(condition["features"], condition.get("drop"))
         return predict(self.unet, latents_BCHW, timesteps_B, tokens_BAD)
 

@@ -112,7 +112,8 @@ def save_generator(
     """Write the folder of a generator; weights as float32 safetensors, LoRA merged (the module stays as it is).
 
     Text encoders and tokenizers are copied from `start`, so that diffusers' `DiffusionPipeline.from_pretrained` opens
-    the folder of sd, sdxl and sd3. Raises ArtefactError where `start` lacks them.
+    the folder of sd, sdxl and sd3 (without T5, told `text_encoder_3=None, tokenizer_3=None`, as for its base). Raises
+    ArtefactError where there is no `start` or it is no such pipeline.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # diffusers notes the folder that a part was loaded from: a scratch folder, another one at every run.
@@ -197,9 +198,6 @@ def _save_text_family(folder: Path, card: GeneratorCard, denoiser: TextDenoiser,
             for file in sorted((start / part).iterdir()):
                 if is_weight_file(file.name):
                     shutil.copyfile(file, folder / part / file.name)
-    if card.family == "sd3":
-        # A base saved without T5 does not mention it, and its pipeline would not open.
-        index = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]} | index
     index |= {part: [None, None] for part in UNUSED if part in index}
     index |= {"requires_safety_checker": False} if "safety_checker" in index else {}
     return index | {"_diffusers_version": diffusers.__version__}

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -22,18 +21,12 @@ from scanloom.models.autoencoder import decode
 from scanloom.models.card import GeneratorCard as GeneratorCard
 from scanloom.models.card import read_card as read_card
 from scanloom.models.conditioner import features
-from scanloom.models.noise_schedule import TRAIN_TIMESTEPS as TRAIN_TIMESTEPS
-from scanloom.models.noise_schedule import NoiseSchedule, PredictionType, noise_schedule, read_schedule
+from scanloom.models.noise_schedule import NoiseSchedule, PredictionType, read_schedule
 from scanloom.models.prompts import prompt
 from scanloom.models.text_condition import TextConditioner
 
 KEPT_PROMPTS = 64
 """Their embeddings are kept: a cohort asks for the same ones again, and T5 takes longer than a denoiser's step."""
-
-
-def alphas_cumprod(prediction_type: PredictionType) -> Tensor:
-    """float64 [TRAIN_TIMESTEPS], decreasing: the share of signal variance at each timestep."""
-    return noise_schedule(prediction_type).alphas_T.square()
 
 
 class Generator:
@@ -145,13 +138,6 @@ class _ByText:
         return torch.cat([part.flatten() for part in self._text.encode([text]).values()])
 
 
-def save_generator(
-    folder: Path, card: GeneratorCard, denoiser: AttributeDenoiser, vae: AutoencoderKL, prediction_type: PredictionType
-) -> None:
-    """Write the folder of an attribute-unet generator; `family.save_generator` writes any."""
-    family.save_generator(folder, card, denoiser, vae, noise_schedule(prediction_type), None)
-
-
 def load_generator(uri: str, device: str = "cpu") -> Generator:
     """The generator artefact at a URI, verified against its manifest's hashes while it is fetched.
 
@@ -162,24 +148,6 @@ def load_generator(uri: str, device: str = "cpu") -> Generator:
         folder = Path(scratch)
         artefact.fetch(folder)
         return read_generator(folder, artefact.digest, device, uri)
-
-
-def load_denoiser(uri: str, schema: AttributeSchema, latent_shape: tuple[int, int, int]) -> AttributeDenoiser:
-    """The trainable denoiser of a generator artefact, to go on training from.
-
-    Raises ArtefactError where its attributes or latents are not those of the corpus, or a part cannot be read.
-    """
-    artefact = open_artefact(uri, "generator")
-    with tempfile.TemporaryDirectory(prefix="scanloom-generator-") as scratch:
-        folder = Path(scratch)
-        artefact.fetch(folder)
-        card = read_card(folder, uri)
-        if card.attributes != schema or card.latent_shape != latent_shape:
-            raise ArtefactError(
-                f"{uri}: trained on attributes {', '.join(card.attributes.names)} and latents {card.latent_shape}; "
-                f"this corpus has {', '.join(schema.names)} and {latent_shape}, or other values of them"
-            )
-        return cast(AttributeDenoiser, family.read_denoiser(folder, card, uri)).train()
 
 
 def require_continuable(

@@ -83,7 +83,7 @@ class _Encoder:
 
     def __init__(self, folder: Path, suffix: str, model: Any, device: torch.device) -> None:
         # Neither a job's log nor its own progress bar is a place for them.
-        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}", local_files_only=True)
         encoder = model.from_pretrained(folder / f"text_encoder{suffix}", local_files_only=True, dtype=torch.float32)
         self._model: Any = encoder.eval().requires_grad_(False).to(device)
