@@ -51,6 +51,7 @@ def finetune(recipe: Recipe) -> None:
     generator = find_artefact(store.uri, "generator")
     if generator is None:
         runs, name = Store(recipe.uri("runs")), run_name("generator", plan)
+        runs.require_writable()
         with connected():
             metrics = _train(recipe.finetune, job, latents, runs, name)
         generator = publish(

@@ -21,7 +21,7 @@ from jobs.encode import encode
 from jobs.finetune import finetune
 from scanloom.artefact import Artefact, open_artefact, verify
 from scanloom.console import root_cause
-from scanloom.errors import ArtefactError, RecipeError
+from scanloom.errors import ArtefactError, RecipeError, StoreError
 from scanloom.models.attribute_unet import build_denoiser
 from scanloom.models.generator import load_generator
 from scanloom.recipe import AttributeUnet, Recipe, parse_recipe
@@ -200,6 +200,12 @@ def test_a_run_leaves_no_checkpoints_and_a_deleted_generator_is_made_again(gener
     again = open_artefact(f"{beside}/generator")
     assert again.digest == generator.digest
     assert list(verify(again)) == []
+
+
+def test_a_place_for_checkpoints_that_cannot_be_written_is_named_before_anything_starts(beside: str) -> None:
+    (Path(beside) / "runs").write_text("a file where a folder should be")
+    with pytest.raises(StoreError, match="runs"):
+        finetune(recipe(beside))
 
 
 def test_more_workers_than_the_machine_has_are_refused_and_not_waited_for(beside: str) -> None:

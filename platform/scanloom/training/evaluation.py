@@ -18,6 +18,8 @@ from scanloom.training.probes import copy_rate, draw_samples, held_out_by_timest
 
 HELD_OUT_ROWS = 128
 EVALUATION_BATCH = 32
+# Decoding takes far more memory for an image than denoising its latents.
+DECODING_BATCH = 4
 # Far from any position that training reaches.
 HELD_OUT_POSITION = 2**48
 
@@ -89,7 +91,9 @@ class Evaluation:
             return {}, b""
         train_R, held_out_R = self._references()
         copies = copy_rate(drawn, self.train.clean(train_R), self.held_out.clean(held_out_R), seed=self.seed)
-        images = torch.cat([decode(self.vae, part).cpu() for part in drawn.to(self.vae.device).split(EVALUATION_BATCH)])
+        self.vae.to(self.model.device)
+        images = torch.cat([decode(self.vae, part).cpu() for part in drawn.to(self.model.device).split(DECODING_BATCH)])
+        self.vae.to("cpu")
         captions = [f"as {'train' if number % 2 else 'held-out'} scan {number // 2}" for number in range(self.images)]
         return copies.metrics(), sample_grid(images, captions)
 

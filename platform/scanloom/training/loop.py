@@ -165,7 +165,7 @@ class Run:
         """Judge the averaged weights: those that are released."""
         unfit = [flat for flat in (*self.ema.shadow, *(f.values for f in self.partition.flats)) if not _finite(flat)]
         if over_workers(torch.tensor(len(unfit), device=self.model.device)):
-            self._require_finite(math.nan, step)
+            self._require_finite(math.nan, step, "a weight")
         self.model.engine.eval()
         with self.partition.showing(self.ema.shadow):
             self.metrics |= self.evaluation.losses()
@@ -177,11 +177,11 @@ class Run:
                     self.journal.picture(step, picture)
         self.model.engine.train()
 
-    def _require_finite(self, loss: float, step: int) -> None:
+    def _require_finite(self, value: float, step: int, what: str = "loss") -> None:
         """Raise RecipeError, on every worker at once, before anything is saved."""
-        if not math.isfinite(loss):
+        if not math.isfinite(value):
             rate = self.recipe.learning_rate
-            raise RecipeError(f"loss is {loss} at step {step}; lower finetune.learning_rate (now {rate:g})")
+            raise RecipeError(f"{what} is {value} at step {step}; lower finetune.learning_rate (now {rate:g})")
 
     def _report_checkpoint(self) -> None:
         with tempfile.TemporaryDirectory(prefix="scanloom-checkpoint-") as folder:

@@ -11,7 +11,6 @@ from ray.exceptions import RayError
 from ray.train import Checkpoint, UserCallback
 from ray.util.queue import Empty, Queue
 
-
 # What fits on a line; the rest is in the journal.
 SHOWN = ("step", "loss", "held_out_loss", "images_per_s", "data_wait_share", "mfu", "copy_rate", "psnr_db", "ssim")
 
