@@ -138,3 +138,15 @@ def test_gauges_have_names_that_prometheus_takes_and_the_tag_of_the_run(tmp_path
         assert gauge.info["default_tags"] == {"run": "generator-abc"}
         # Ray drops a metric whose name it does not take, with a line in a log.
         assert gauge._metric is not None
+
+
+def test_a_value_of_an_evaluation_is_exported_until_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[tuple[str, float]] = []
+    monkeypatch.setattr(Gauge, "set", lambda gauge, value: exported.append((gauge.info["name"], value)))
+    journal = Journal(tmp_path, run="r")
+    journal.write({"step": 1, "held_out_loss": 0.5})
+    exported.clear()
+    journal.write({"step": 2, "held_out_loss": None})
+    assert sorted(exported) == [("scanloom_training_held_out_loss", 0.5), ("scanloom_training_step", 2)]

@@ -59,6 +59,7 @@ class Journal:
             name: Gauge(f"scanloom_training_{name}", text, tag_keys=("run",)).set_default_tags({"run": run})
             for name, text in GAUGES.items()
         }
+        self._latest: dict[str, float] = {}
         times = {row["step"]: row["time"] for row in rows}
         for row in rows:
             self._append(row)
@@ -73,10 +74,10 @@ class Journal:
         """
         row = {name: _plain(value) for name, value in metrics.items() if _is_number(value) or _is_list(value)}
         self._append(row | {"time": round(time.time(), 3)})
-        for name, gauge in self._gauges.items():
-            value = row.get(name)
-            if value is not None:
-                gauge.set(value)
+        # All of them every time: a value that is not set again is exported once, and a scrape may miss it.
+        self._latest |= {name: value for name, value in row.items() if name in self._gauges and value is not None}
+        for name, value in self._latest.items():
+            self._gauges[name].set(value)
 
     def picture(self, step: int, png: bytes) -> None:
         """Keep the sample grid of a step."""
