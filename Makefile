@@ -28,7 +28,7 @@ lint: setup
 	PYTHONPATH=.:platform .venv/bin/lint-imports
 
 bench: setup
-	for bench in tests/benchmarks/bench_*.py; do .venv/bin/python $$bench || exit 1; done
+	for bench in tests/benchmarks/bench_*.py; do PYTHONPATH=.:platform .venv/bin/python $$bench || exit 1; done
 
 docs: setup
 	.venv/bin/python docs/recipe_schema.py && .venv/bin/python docs/training_memory.py
