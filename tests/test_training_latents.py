@@ -16,7 +16,7 @@ from scanloom.shards.commit import ShardPart, begin, commit_shard
 from scanloom.shards.schemas import latents_schema, prompt_hash, prompts_schema
 from scanloom.shards.writer import parquet_bytes
 from scanloom.store import Store
-from scanloom.training.latents import Latents, TextConditions, collect, read_prompts
+from scanloom.training.latents import AttributeConditions, Latents, TextConditions, collect, read_prompts
 from tests.phantom_corpus import SCHEMA
 
 SHAPE = (2, 3, 3)
@@ -73,7 +73,8 @@ def test_rows_are_in_the_order_of_their_ids_however_they_were_streamed() -> None
     other_way = collect([rows(["2"]), rows([]), rows(["1", "3"])], SHAPE, SCHEMA)
     assert one_way.mean_NCHW[:, 0, 0, 0].tolist() == [1.0, 2.0, 3.0]
     assert torch.equal(one_way.mean_NCHW, other_way.mean_NCHW)
-    assert torch.equal(one_way.features_NF, other_way.features_NF)
+    told = [latents.conditions.batch(torch.arange(3), torch.zeros(3).bool()) for latents in (one_way, other_way)]
+    assert torch.equal(told[0]["features"], told[1]["features"])
     assert one_way.mean_NCHW.dtype == one_way.logvar_NCHW.dtype == torch.float16
 
 
@@ -81,7 +82,8 @@ def test_attributes_are_dropped_one_by_one_or_all_of_a_row() -> None:
     latents = collect([rows(["1", "2", "3"])], SHAPE, SCHEMA)
     single = torch.tensor([[False, True, False, False], [False, False, False, False]])
     batch = latents.conditions.batch(torch.tensor([2, 0]), torch.tensor([False, True]), single)
-    assert torch.equal(batch["features"], latents.features_NF[[2, 0]])
+    assert isinstance(latents.conditions, AttributeConditions)
+    assert torch.equal(batch["features"], latents.conditions.features_NF[[2, 0]])
     assert batch["drop"].tolist() == [[False, True, False, False], [True] * 4]
     assert latents.conditions.batch(torch.tensor([0, 1]), NO_DROP)["drop"].tolist() == [[False] * 4] * 2
 
@@ -106,11 +108,6 @@ def test_equal_prompts_are_held_once(tmp_path: Path) -> None:
 def test_latents_of_a_family_without_text_have_no_prompts(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     assert read_prompts(publish(store, kind="latents", name="t", recipe={}, inputs=[], files=[], statistics={})) is None
-
-
-def test_features_are_refused_of_latents_that_hold_text(texted: Latents) -> None:
-    with pytest.raises(ArtefactError, match="text family"):
-        texted.features_NF  # noqa: B018 - reading it is what is refused
 
 
 @pytest.mark.parametrize("texts", [("a", "b"), ("", "a", "a")])

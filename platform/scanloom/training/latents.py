@@ -101,13 +101,6 @@ class Latents:
     def __len__(self) -> int:
         return len(self.mean_NCHW)
 
-    @property
-    def features_NF(self) -> Tensor:  # noqa: N802 - named as the field that it passes on
-        """The numeric attributes of the attribute-unet family. Raises ArtefactError for the others."""
-        if not isinstance(self.conditions, AttributeConditions):
-            raise ArtefactError("the latents were encoded for a text family; they hold no attribute features")
-        return self.conditions.features_NF
-
 
 def collect(
     batches: Iterable[pa.Table], shape: tuple[int, int, int], schema: AttributeSchema, prompts: Prompts | None = None
