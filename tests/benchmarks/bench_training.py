@@ -41,6 +41,7 @@ ATTRIBUTES = [
         "values": ["Cardiomegaly", "Effusion", "Nodule", "Pneumothorax", "Consolidation"],
     },
 ]
+RAY_NICENESS = 15
 LEAST_BARE, MOST_WAIT, LEAST_TEXT, LEAST_DDP = 0.97, 0.03, 1.2, 0.95
 
 
@@ -71,7 +72,9 @@ def ours(recipe: Any) -> Run:
 
 def peer(program: str, folder: Path, processes: int = 1) -> Run:
     """A program of training_peers on a folder that `hand_over` filled."""
-    command = [sys.executable, "-m", "tests.benchmarks.training_peers", program, str(folder)]
+    # At the low priority that Ray gives its workers, so that whatever else runs costs both programs the same.
+    nice = ["nice", "-n", str(RAY_NICENESS - os.nice(0))]
+    command = [*nice, sys.executable, "-m", "tests.benchmarks.training_peers", program, str(folder)]
     threads = json.loads((folder / "plan.json").read_text())["threads"]
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", "OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(processes),
@@ -224,7 +227,7 @@ def _waited(runs: Mapping[str, list[Run]]) -> float:
 
 def loop(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
     """(a), (b): one worker beside a bare loop on latents in memory, and beside one that encodes at every step."""
-    recipe = recipe_in(str(folder / "store"), autoencoder=_SMALL_AUTOENCODER, workers=1)
+    recipe = recipe_in(str(folder / "store"), autoencoder=_autoencoder(folder), workers=1)
     encoded(recipe)
     hand_over(recipe, folder)
     runs = in_turns(
@@ -246,7 +249,13 @@ def loop(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
     return text, missed
 
 
-_SMALL_AUTOENCODER = {"channels": [16, 32, 64], "steps": 20, "batch_size": 32, "adversarial_from_step": 20}
+def _autoencoder(folder: Path) -> dict[str, Any]:
+    """The demo's autoencoder, untrained: latents are as many."""
+    from scanloom.models.autoencoder import build_autoencoder
+    from scanloom.recipe import Autoencoder
+
+    build_autoencoder(Autoencoder(channels=(16, 32, 64)), SIZE_PX, 0).save_pretrained(folder / "given")
+    return {"path": str(folder / "given")}
 
 
 def text_to_image(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
@@ -269,7 +278,7 @@ def text_to_image(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
 
 def ddp(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
     """(d): ZeRO-1 on two workers beside DistributedDataParallel on two processes."""
-    recipe = recipe_in(str(folder / "store"), autoencoder=_SMALL_AUTOENCODER, workers=2, zero_stage=1)
+    recipe = recipe_in(str(folder / "store"), autoencoder=_autoencoder(folder), workers=2, zero_stage=1)
     encoded(recipe)
     hand_over(recipe, folder)
     runs = in_turns(rounds, scanloom=lambda: ours(recipe), ddp=lambda: peer("ddp", folder, processes=2))
