@@ -106,7 +106,7 @@ class Journal:
         picture = Summary.Image(height=height, width=width, colorspace=1, encoded_image_string=png)
         self._event(step, written, [Summary.Value(tag="samples", image=picture)])
 
-    def _event(self, step: int, written: float, values: list[Any]) -> None:
+    def _event(self, step: int, written: float, values: list[Summary.Value]) -> None:
         event = Event(wall_time=written, step=step, summary=Summary(value=values))
         self._events.write(event.SerializeToString())
         self._events.flush()

@@ -1,0 +1,1 @@
+# What scanloom uses of tensorboardX, whose protocol buffers are classes made when imported.
