@@ -5,6 +5,7 @@ Legend of shape suffixes: T timesteps of the schedule.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -92,8 +93,8 @@ def read_schedule(folder: Path, where: str | None = None) -> NoiseSchedule:
     try:
         settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_bytes())
         if settings.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
-            return _flow(_public(settings))
-        known = _public(dict(DDIMScheduler.from_config(settings).config))
+            return _flow(_understood(FlowMatchEulerDiscreteScheduler, settings))
+        known = _understood(DDIMScheduler, DDIMScheduler.from_config(settings).config)
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split()).replace(str(folder), where)
         raise ArtefactError(f"{where}: scheduler/scheduler_config.json cannot be read: {reason[:200]}") from error
@@ -117,5 +118,7 @@ def _flow(settings: Mapping[str, Any]) -> NoiseSchedule:
     return NoiseSchedule("flow", 1.0 - sigmas_T, sigmas_T, settings)
 
 
-def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if not name.startswith("_")}
+def _understood(scheduler: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a scheduler's class takes; another class's say how that one samples."""
+    taken = inspect.signature(scheduler).parameters
+    return {name: value for name, value in settings.items() if name in taken}
