@@ -29,7 +29,7 @@ from scanloom.recipe import Recipe
 from scanloom.sampling.engine import Engine, ImageRequest
 from scanloom.store import Store
 
-IMAGES_PER_CELL = 24
+IMAGES_PER_CELL = 12
 FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -->)", re.DOTALL)
 
 

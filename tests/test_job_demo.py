@@ -21,10 +21,9 @@ from scanloom.store import Store
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "jobs" / "recipes" / "demo.yaml"
 SMALL = (
-    "autoencoder.workers=1", "finetune.workers=1", "generate.engines=1",
-    "autoencoder.steps=4", "autoencoder.channels=[8,8]", "autoencoder.adversarial_from_step=2", "finetune.steps=4",
-    "finetune.denoiser.channels=[32,32]", "finetune.warmup_steps=1", "finetune.log_every_steps=2",
-    "generate.images=32", "generate.images_per_shard=16", "generate.steps=2", "generate.slots=8",
+    "finetune.workers=1", "generate.engines=1", "finetune.steps=4", "finetune.warmup_steps=1",
+    "finetune.log_every_steps=2", "generate.images=32", "generate.images_per_shard=16", "generate.steps=2",
+    "generate.slots=8",
 )  # fmt: skip
 
 
