@@ -110,7 +110,7 @@ def recipe_in(store: str, *, size_px: int = SIZE_PX, autoencoder: Mapping[str, A
     steps = STEPS * (WARM_UP + MEASURED + 1)
     section = {
         "denoiser": DENOISER, "steps": steps, "batch_size": BATCH, "learning_rate": LEARNING_RATE,
-        "checkpoint_every_steps": steps, "log_every_steps": STEPS,
+        "checkpoint_every_steps": steps, "log_every_steps": STEPS, "samples": 0,
     }  # fmt: skip
     tree = {
         "name": "bench", "store": store, "attributes": ATTRIBUTES,
@@ -265,7 +265,7 @@ def text_to_image(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
     save_stable_diffusion(folder / "base")
     recipe = recipe_in(
         str(folder / "store"), size_px=TEXT_SIZE_PX, autoencoder={"path": str(folder / "base" / "vae")},
-        denoiser={"family": "sd", "weights": str(folder / "base")}, workers=1,
+        denoiser={"family": "sd", "weights": str(folder / "base")}, workers=1, min_snr_gamma=None,
     )  # fmt: skip
     encoded(recipe)
     hand_over(recipe, folder)
