@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scanloom.errors import RecipeError
 from scanloom.recipe import Finetune
 
 BETAS = (0.9, 0.99)
@@ -46,6 +47,7 @@ def start(recipe: Finetune, denoiser: nn.Module) -> Model:
         # Without it DeepSpeed guesses, and a CPU worker on a GPU host guesses wrong.
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # reads DS_ACCELERATOR when imported
+    from deepspeed.accelerator import get_accelerator
 
     if not recipe.use_gpu:
         # A C++ extension for collectives in shared memory, compiled at first use: it needs a compiler on every host,
@@ -54,6 +56,8 @@ def start(recipe: Finetune, denoiser: nn.Module) -> Model:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if recipe.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    if DTYPES[recipe.precision] not in get_accelerator().supported_dtypes():
+        raise RecipeError(f"finetune.precision {recipe.precision}: this device cannot; set fp32 or bf16")
     trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     # torch's own, whose CPU kernel needs no compiler. The loop sets the rate; 0 keeps DeepSpeed's trial step harmless.
     optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=BETAS, weight_decay=recipe.weight_decay, fused=True)
