@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from pydantic import ValidationError
 from torch import Tensor
 
 from scanloom.attributes import Attributes
 from scanloom.errors import ArtefactError, RecipeError, StoreError
 from scanloom.models.attribute_unet import AttributeDenoiser
+from scanloom.models.autoencoder import decode, load_autoencoder, moments, normalise
 from scanloom.models.conditioner import features
 from scanloom.models.family import fetch_weights, initial_denoiser, save_generator, schedule_of
 from scanloom.models.generator import load_generator, read_generator
 from scanloom.models.text_condition import TextConditioner
+from scanloom.recipe import Finetune
 from scanloom.recipe_denoiser import AttributeUnet, Denoiser, Lora, PromptTemplate
 from scanloom.sampling.engine import Engine, ImageRequest
 from scanloom.store import Store
@@ -376,3 +379,33 @@ def test_a_store_that_holds_nothing_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises((ArtefactError, StoreError), match="model_index"):
         fetch_weights(Store(str(tmp_path / "empty")).uri, tmp_path / "to")
+
+
+def test_a_grey_scan_passes_an_autoencoder_of_three_channels_and_comes_back_grey(bases: Mapping[str, Path]) -> None:
+    vae = load_autoencoder(bases["sd3"] / "vae")
+    pixels = torch.rand(2, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        mean, logvar = moments(vae, pixels)
+        torch.testing.assert_close(mean, vae.encode(pixels.repeat(1, 3, 1, 1)).latent_dist.mean)
+        painted = vae.decode(mean).sample
+        made = decode(vae, normalise(vae, mean))
+    assert mean.shape == logvar.shape == (2, *LATENT_SHAPE)
+    expected = (painted.mean(1, keepdim=True) * 0.5 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "what"),
+    [
+        ({"family": "gan"}, "unknown family; known: attribute-unet, sd, sdxl, sd3"),
+        ({"family": "sd"}, "weights"),
+        ({"family": "sdxl", "weights": "a/b", "lora": {"rnak": 4}}, "did you mean 'rank'"),
+    ],
+)
+def test_a_recipe_of_no_family_or_without_weights_is_refused(denoiser: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValidationError, match=what):
+        Finetune.model_validate({"denoiser": denoiser})
+
+
+def test_a_recipe_that_names_no_family_trains_the_attribute_unet() -> None:
+    assert Finetune.model_validate({"denoiser": {"channels": [8, 16]}}).denoiser == AttributeUnet(channels=(8, 16))
