@@ -147,8 +147,8 @@ def trained(store: Path, base: Path, **keys: object) -> Artefact:
 def test_given_weights_are_trained_on_and_the_encoder_is_left_alone_if_told(encoded: Path, beside: Path) -> None:
     made = trained(beside, encoded / "base", decoder_only=True)
     statistics = made.manifest.statistics
-    assert statistics["psnr_db"] > statistics["start_psnr_db"] + 1
-    assert statistics["l1"] < statistics["start_l1"]
+    assert statistics["psnr_db"] > statistics["start_psnr_db"]
+    assert statistics["l1"] < 0.9 * statistics["start_l1"]
     assert -1 <= statistics["start_ssim"] < statistics["ssim"] <= 1
     start, end = (AutoencoderKL.from_pretrained(folder / "vae") for folder in (encoded / "base", Path(made.uri)))
     assert end.config.scaling_factor == start.config.scaling_factor
