@@ -91,7 +91,7 @@ class Run:
         self.meter = self._meter(denoiser)
         with ExitStack() as stack:
             checkpoint = ray.train.get_checkpoint()
-            saved = None
+            saved = folder = None
             if checkpoint is not None:
                 folder = Path(stack.enter_context(checkpoint.as_directory()))
                 saved = SavedState(folder)
@@ -102,7 +102,7 @@ class Run:
             if saved is not None:
                 saved.restore(self.partition, self.ema)
             self.metrics: dict[str, Any] = saved.metrics if saved is not None else {"step": 0}
-            self.journal = self._journal(folder / JOURNAL if saved is not None else None)
+            self.journal = self._journal(folder / JOURNAL if folder is not None else None)
         self.evaluation = Evaluation(
             self.model, self.batches, self.held_out, self.schedule, self.vae, job.seed, job.recipe.samples,
             self.rank, self.workers,
