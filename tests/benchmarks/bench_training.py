@@ -216,7 +216,7 @@ def _table(runs: Mapping[str, list[Run]], titles: Mapping[str, str]) -> str:
     lines = ["| program | images/s | scanloom to it | by round |", "|---|---|---|---|"]
     for name, title in titles.items():
         rate = statistics.median(run.images_per_s for run in runs[name])
-        compared = "| |" if name == "scanloom" else f"| {_ratio(runs, name):.2f} | {_ratios(runs, name)} |"
+        compared = "| | |" if name == "scanloom" else f"| {_ratio(runs, name):.2f} | {_ratios(runs, name)} |"
         lines.append(f"| {title} | {rate:.1f} {compared}")
     return "\n".join(lines)
 
