@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Ray reads these once, while it is imported: before any test module imports it.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.25"
 
 
 @pytest.fixture(scope="session")

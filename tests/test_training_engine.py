@@ -42,7 +42,17 @@ def test_rates_warm_up_and_then_follow_their_schedule(schedule: Any, middle: flo
 
 
 def test_offload_is_told_to_deepspeed() -> None:
-    told = deepspeed_config(Finetune(zero_stage=3, offload_optimizer=True, offload_parameters=True))
+    told = deepspeed_config(Finetune(zero_stage=3, offload_optimizer=True, offload_parameters=True), workers=2)
     assert told["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert told["zero_optimization"]["offload_param"]["device"] == "cpu"
-    assert "offload_param" not in deepspeed_config(Finetune())["zero_optimization"]
+    assert "offload_param" not in deepspeed_config(Finetune(), workers=2)["zero_optimization"]
+
+
+def test_one_worker_divides_nothing_unless_something_is_offloaded() -> None:
+    def stage(workers: int, **keys: Any) -> int:
+        told: int = deepspeed_config(Finetune(**keys), workers)["zero_optimization"]["stage"]
+        return told
+
+    assert stage(1, zero_stage=3) == 0
+    assert stage(2, zero_stage=3) == 3
+    assert stage(1, zero_stage=2, offload_optimizer=True) == 2

@@ -51,6 +51,7 @@ class _Scheduler(_Configured):
 
 class DDIMScheduler(_Scheduler): ...
 class DPMSolverMultistepScheduler(_Scheduler): ...
+
 class FlowMatchEulerDiscreteScheduler(_Scheduler):
     sigmas: Tensor
 

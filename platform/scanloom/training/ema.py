@@ -27,4 +27,4 @@ class Ema:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         if self.shadow:
-            torch._foreach_lerp_(self.shadow, self._weights, 1.0 - decay)
+            torch._foreach_lerp_(self.shadow, self._weights, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]

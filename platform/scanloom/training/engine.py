@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from scanloom.errors import RecipeError
@@ -61,7 +62,8 @@ def start(recipe: Finetune, denoiser: nn.Module) -> Model:
     trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     # torch's own, whose CPU kernel needs no compiler. The loop sets the rate; 0 keeps DeepSpeed's trial step harmless.
     optimizer = torch.optim.AdamW(trainable, lr=0.0, betas=BETAS, weight_decay=recipe.weight_decay, fused=True)
-    engine, _, _, _ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=deepspeed_config(recipe))
+    config = deepspeed_config(recipe, torch.distributed.get_world_size())
+    engine, _, _, _ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config)
     engine.basic_optimizer.state.clear()
     if recipe.compile:
         engine.compile()
@@ -69,9 +71,14 @@ def start(recipe: Finetune, denoiser: nn.Module) -> Model:
     return Model(engine, DTYPES[recipe.precision], layout)
 
 
-def deepspeed_config(recipe: Finetune) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe."""
-    zero: dict[str, Any] = {"stage": recipe.zero_stage}
+def deepspeed_config(recipe: Finetune, workers: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe on so many workers."""
+    offloaded = recipe.offload_optimizer or recipe.offload_parameters
+    # One worker has nobody to divide with: what divides would only cost time.
+    zero: dict[str, Any] = {"stage": recipe.zero_stage if workers > 1 or offloaded else 0}
+    if zero["stage"] in (1, 2) and not offloaded and not recipe.use_gpu:
+        # Copies of gradients that pay where memory is scarce and transfers run beside the computation; on CPU neither.
+        zero |= {"contiguous_gradients": False, "overlap_comm": False}
     pinned = {"device": "cpu", "pin_memory": recipe.use_gpu}
     if recipe.offload_optimizer:
         zero["offload_optimizer"] = pinned
