@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scanloom.errors import ArtefactError, StoreError
-from scanloom.store import Store, StoredFile
+from scanloom.store import Store, StoredFile, sha256_of
 
 MANIFEST = "manifest.json"
 # Folder of what a training run noted on its way.
@@ -109,9 +109,8 @@ class Artefact:
         """Copy every file into a local folder. ArtefactError where one is not what the manifest says."""
         self.store.fetch([file.path for file in self.manifest.files], folder)
         for file in self.manifest.files:
-            with (folder / file.path).open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
-                    raise ArtefactError(f"{self.store.uri_of(file.path)}: changed since it was written; make it again")
+            if sha256_of(folder / file.path) != file.sha256:
+                raise ArtefactError(f"{self.store.uri_of(file.path)}: changed since it was written; make it again")
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,7 @@ class Store:
 
         def put(file: Path) -> StoredFile:
             key = str(PurePosixPath(prefix) / file.relative_to(folder).as_posix())
-            with file.open("rb") as stream:
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            sha256 = sha256_of(file)
             self._backend.upload(file, _checked(key))
             return StoredFile(key, file.stat().st_size, sha256)
 
@@ -238,6 +237,12 @@ def _normal(uri: str) -> str:
     if not uri or "://" in uri:
         raise RecipeError(f"store {uri!r}: expected s3://bucket/prefix or a local folder")
     return str(Path(uri).expanduser().absolute())
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a local file in hex, read piece by piece."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _checked(key: str) -> str:

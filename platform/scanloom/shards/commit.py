@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scanloom.artefact import COMMITS, MANIFEST, PLAN, FileEntry, open_artefact
 from scanloom.errors import ArtefactError
-from scanloom.store import Store
+from scanloom.store import Store, sha256_of
 
 _READERS = 16
 _LONGEST_WRITE_S = 3600.0
@@ -57,8 +57,7 @@ class ShardPart:
     def sha256(self) -> str:
         if isinstance(self.data, bytes):
             return hashlib.sha256(self.data).hexdigest()
-        with self.data.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(self.data)
 
     def content(self) -> bytes:
         """All of it, in memory."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +11,7 @@ from scanloom.artefact import MANIFEST, FileEntry, plan_digest
 from scanloom.errors import ArtefactError
 from scanloom.models.autoencoder import load_autoencoder
 from scanloom.models.base_weights import INDEX, fetch_weights, is_weight_file
-from scanloom.store import Store
+from scanloom.store import Store, sha256_of
 
 _TEXT_PARTS = ("text_encoder", "tokenizer")
 # Settings outside of these parts that decide what an embedding is: zeros for no text, the width that SD3 pads to.
@@ -82,9 +81,4 @@ def _names(folder: Path) -> list[str]:
 
 
 def _digest(folder: Path, names: Iterable[str]) -> str:
-    return plan_digest(*([name, _sha256(folder / name)] for name in names))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return plan_digest(*([name, sha256_of(folder / name)] for name in names))
