@@ -15,7 +15,14 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from scanloom.errors import RecipeError
+from scanloom.recipe_cohort import AsCorpusCohort as AsCorpusCohort
+from scanloom.recipe_cohort import CellsCohort as CellsCohort
+from scanloom.recipe_cohort import Cohort as Cohort
+from scanloom.recipe_cohort import MarginalsCohort as MarginalsCohort
 from scanloom.recipe_denoiser import AttributeUnet as AttributeUnet
+from scanloom.recipe_generate import Dicom as Dicom
+from scanloom.recipe_generate import Generate as Generate
+from scanloom.recipe_generate import Quality as Quality
 from scanloom.recipe_prepare import Decode as Decode
 from scanloom.recipe_prepare import DicomSource as DicomSource
 from scanloom.recipe_prepare import DicomWebSource as DicomWebSource
@@ -33,7 +40,7 @@ from scanloom.recipe_prepare import Window as Window
 from scanloom.recipe_train import Autoencoder as Autoencoder
 from scanloom.recipe_train import Encode as Encode
 from scanloom.recipe_train import Finetune as Finetune
-from scanloom.section import Count, Positive, Section, Words
+from scanloom.section import Count, Section, Words
 from scanloom.section import nearest as nearest
 
 # Column names of the Parquet shards that no attribute may shadow.
@@ -126,68 +133,6 @@ class LabelsAttribute(_Named):
 
 
 AttributeDeclaration = Annotated[CategoryAttribute | NumberAttribute | LabelsAttribute, Field(discriminator="kind")]
-
-
-# --- scans out ------------------------------------------------------------------------------------------------
-
-
-class CellsCohort(Section):
-    """A joint table: each cell fixes attributes and has a `share` (relative) of the images."""
-
-    kind: Literal["cells"] = "cells"
-    cells: Annotated[tuple[Mapping[str, Any], ...], Field(min_length=1)]
-    """Per cell: attribute -> value, a list of labels, or [low, high] for a number drawn uniformly; plus `share`."""
-
-
-class MarginalsCohort(Section):
-    """Independent marginals: attribute -> {value: share}, or {"uniform": [low, high]} for a number.
-
-    For labels, a key is one label, several joined by "+", or "none".
-    """
-
-    kind: Literal["marginals"] = "marginals"
-    marginals: Mapping[str, Mapping[str, Any]]
-
-
-class AsCorpusCohort(Section):
-    """The joint distribution of the corpus's train split."""
-
-    kind: Literal["as-corpus"] = "as-corpus"
-
-
-Cohort = Annotated[CellsCohort | MarginalsCohort | AsCorpusCohort, Field(discriminator="kind")]
-
-
-class Dicom(Section):
-    """What the DICOM instances say beside the attributes."""
-
-    enabled: bool = True
-    sop_class: Literal["DX"] = "DX"
-    pixel_spacing_mm: Positive | None = None
-    """None: the median spacing of the corpus, or 1.0 where the corpus has none."""
-    content_date: Annotated[str, Field(pattern=r"^[0-9]{8}$")] = "20000101"
-
-
-class Generate(Section):
-    dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "dataset"
-    """Folder of the dataset below the recipe's store."""
-    images: Count
-    cohort: Cohort = AsCorpusCohort()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    solver: Literal["ddim", "dpmpp-2m"] = "dpmpp-2m"
-    steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    guidance_scale: Annotated[float, Field(ge=1.0, le=30.0)] = 2.0
-    slots: Count = 32
-    """Rows of the denoiser's batch: a guided image takes two, one with guidance_scale 1 takes one."""
-    images_per_shard: Count = 64
-    """Best a multiple of the images that share a batch, so that no slot idles at the end of a shard."""
-    bits_stored: Literal[8, 12, 16] = 8
-    dicom: Dicom = Dicom()
-    engines: Count = 1
-    cpus_per_engine: Count = 1
-    """Threads of an engine. With one, an image's bits on CPU never depend on its batch; more engines scale as well."""
-    gpus_per_engine: Annotated[float, Field(ge=0)] = 0
-    writers: Count = 1
 
 
 class Recipe(Section):

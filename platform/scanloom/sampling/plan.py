@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict
 from scanloom.artefact import plan_digest
 from scanloom.attributes import AttributeSchema, Envelope
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.recipe import Dicom, Generate
+from scanloom.recipe import Dicom, Generate, Quality
+from scanloom.recipe_generate import ImageFormat, Solver
 from scanloom.sampling.cohort import CELL_PREFIX, CohortTables, draw, quotas, resolve
 
 FALLBACK_SPACING_MM = 1.0
@@ -40,13 +41,18 @@ class PlanSpec(BaseModel):
     cohort: CohortTables
     images: int
     seed: int
-    solver: Literal["ddim", "dpmpp-2m"]
+    solver: Solver
     steps: int
     guidance_scale: float
+    precision: Literal["fp32", "bf16", "fp16"]
+    compiled: bool
     slots: int
     images_per_shard: int
     bits_stored: Literal[8, 12, 16]
     spacing_mm: float
+    quality: Quality
+    image_format: ImageFormat
+    webdataset: bool
     dicom: Dicom
 
     @cached_property
@@ -99,7 +105,7 @@ def specify(section: Generate, name: str, digest: str, statistics: Mapping[str, 
         raise RecipeError(f"generate.images_per_shard={section.images_per_shard}: {fitting} of these images at most")
     schema = AttributeSchema.model_validate(statistics["schema"])
     envelope = Envelope.model_validate(statistics["envelope"])
-    settings = section.model_dump(include=set(PlanSpec.model_fields) - {"cohort", "dicom"})
+    settings = section.model_dump(include=set(PlanSpec.model_fields) - {"cohort", "dicom", "quality"})
     spacing = section.dicom.pixel_spacing_mm or statistics.get("spacing_mm") or FALLBACK_SPACING_MM
     return PlanSpec(
         **settings,
@@ -108,6 +114,7 @@ def specify(section: Generate, name: str, digest: str, statistics: Mapping[str, 
         attributes=schema,
         cohort=resolve(section.cohort, schema, envelope, statistics["cells"]),
         spacing_mm=spacing,
+        quality=section.quality,
         dicom=section.dicom,
     )
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,8 +21,9 @@ from numpy.typing import NDArray
 
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models.noise_schedule import NoiseSchedule, PredictionType
+from scanloom.recipe_generate import Solver
 
-SolverName = Literal["ddim", "dpmpp-2m"]
+SolverName = Solver
 Table = NDArray[np.float64]
 
 
@@ -113,4 +113,7 @@ def _dpmpp_2m(alpha: Table, sigma: Table) -> Table:
     return table
 
 
-_UPDATES: Mapping[SolverName, Callable[[Table, Table], Table]] = {"ddim": _ddim, "dpmpp-2m": _dpmpp_2m}
+_UPDATES: Mapping[SolverName, Callable[[Table, Table], Table]] = {
+    # In x / alpha over sigma / alpha, and for a flow in sigma itself, a step of Euler is one of DDIM.
+    "ddim": _ddim, "euler": _ddim, "dpmpp-2m": _dpmpp_2m,
+}  # fmt: skip
