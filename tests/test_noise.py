@@ -37,6 +37,16 @@ def test_images_pixels_and_seeds_do_not_repeat_or_correlate_each_others_noise() 
         assert abs(np.corrcoef(a, b)[0, 1]) < 4 / math.sqrt(len(a))
 
 
+def test_attempts_at_one_image_start_from_noise_of_their_own_and_the_first_is_the_images() -> None:
+    attempts = [gaussian_noise(1, 7, (4, 32, 32), attempt).ravel() for attempt in range(4)]
+    assert np.array_equal(attempts[0], gaussian_noise(1, 7, (4, 32, 32)).ravel())
+    correlation = np.corrcoef(attempts) - np.eye(4)
+    assert np.abs(correlation).max() < 4 / math.sqrt(4096)
+    # However much of one attempt is drawn, it never runs into the next.
+    long = set(bits(1, 7, 100_000, Stream.NOISE, 0).tolist())
+    assert not long & set(bits(1, 7, 1000, Stream.NOISE, 1).tolist())
+
+
 def test_shape_of_noise_is_the_shape_asked_for_also_when_odd() -> None:
     assert gaussian_noise(0, 0, (3, 5, 7)).shape == (3, 5, 7)
     assert gaussian_noise(0, 0, (3, 5, 7)).dtype == np.float32

@@ -51,13 +51,14 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to make; `seed` and `index` name its starting noise, `index` also names it in the answer."""
+    """One image to make; seed, index and attempt name its starting noise, `index` also names it in the answer."""
 
     index: int
     seed: int
     attributes: Attributes
     steps: int
     guidance_scale: float = 1.0
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Engine:
             request = self._waiting.popleft()
             # Before a slot is taken: a request that fails here must not keep one.
             condition = self._generator.condition([request.attributes])[0]
-            noise = gaussian_noise(request.seed, request.index, self._generator.latent_shape)
+            noise = gaussian_noise(request.seed, request.index, self._generator.latent_shape, request.attempt)
             slot = self._free.pop(0)
             twin = self._free.pop(0) if _width(request) == 2 else slot
             self._condition[twin] = self._null[0]

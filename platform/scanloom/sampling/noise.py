@@ -22,10 +22,11 @@ class Stream(IntEnum):
     NUMBERS = 2
 
 
-def bits(seed: int, index: int, count: int, stream: Stream) -> NDArray[np.uint64]:
-    """uint64 [count], each bit fair; seed and index in [0, 2**64) (Salmon et al. 2011, Philox4x64-10)."""
+def bits(seed: int, index: int, count: int, stream: Stream, attempt: int = 0) -> NDArray[np.uint64]:
+    """uint64 [count], each bit fair; seed, index and attempt in [0, 2**64) (Salmon et al. 2011, Philox4x64-10)."""
     key = np.array([seed, index], dtype=np.uint64)
-    counter = np.array([0, 0, 0, stream], dtype=np.uint64)
+    # The lower words count blocks of 256 bits; no draw ever reaches the third.
+    counter = np.array([0, 0, attempt, stream], dtype=np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
@@ -40,14 +41,15 @@ def permutation(seed: int, index: int, count: int) -> NDArray[np.int64]:
     return np.argsort(bits(seed, index, count, Stream.ORDER), kind="stable")
 
 
-def gaussian_noise(seed: int, index: int, shape: Sequence[int]) -> NDArray[np.float32]:
+def gaussian_noise(seed: int, index: int, shape: Sequence[int], attempt: int = 0) -> NDArray[np.float32]:
     """float32 [*shape], standard normal (Box and Muller 1958): the starting noise of image `index`.
 
+    An image that is drawn again starts from the noise of its next attempt, which shares nothing with the others.
     Computed in float64 and then rounded, so that another machine's last-bit differences in log and cos vanish.
     """
     count = math.prod(shape)
     pairs = (count + 1) // 2
-    raw = bits(seed, index, 2 * pairs, Stream.NOISE)
+    raw = bits(seed, index, 2 * pairs, Stream.NOISE, attempt)
     # 1 - u lies in (0, 1]: the logarithm is finite.
     radius = np.sqrt(-2.0 * np.log(1.0 - _unit(raw[:pairs])))
     angle = 2.0 * np.pi * _unit(raw[pairs:])
