@@ -19,7 +19,7 @@ from scanloom.attributes import Attributes
 from scanloom.dicom.synthetic import InstanceDescription, instance_uid
 from scanloom.dicom.template import render
 from scanloom.errors import RecipeError
-from scanloom.sampling.plan import PlanSpec, cell_counts
+from scanloom.sampling.plan import Plan, PlanSpec, cell_counts, compile_plan
 from scanloom.shards.commit import ShardPart, commit_shard, part_key
 from scanloom.shards.reader import read_parquet
 from scanloom.shards.schemas import dataset_schema
@@ -38,17 +38,28 @@ _KEYWORDS = (("sex", "PatientSex"), ("age", "PatientAge"), ("view", "ViewPositio
 
 
 class EngineActor:
-    """The engine of one generation actor; loaded by its first call, not on construction.
+    """The engine of one generation actor: of a shard's number its pixels, a pure function of the plan.
 
-    So the driver starts without importing torch, and what is wrong with a generator is an error of that call, which
-    ends a job at once and by name, while an actor that merely died while it started is started again.
+    Plan and engine are made by the first call, not on construction. So the driver starts without importing torch, no
+    row travels through Ray, and what is wrong with a generator is an error of that call, which ends a job at once and
+    by name, while an actor that merely died while it started is started again.
     """
 
-    def __init__(self, spec: PlanSpec, generator_uri: str, device: str, threads: int) -> None:
-        self._arguments = (spec, generator_uri, device, threads)
+    def __init__(
+        self, spec: PlanSpec, generator_uri: str, device: str, threads: int, probe_uri: str | None = None
+    ) -> None:
+        self._spec = spec
+        self._arguments: tuple[Any, ...] = (spec, generator_uri, device, threads)
+        if probe_uri is not None:
+            self._arguments += (probe_uri,)
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        return self._engine(shard)
+        number = int(shard["shard"])
+        return self._engine({"shard": number, "rows": rows_to_bytes(self._plan.rows(number))})
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return compile_plan(self._spec)
 
     @cached_property
     def _engine(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
