@@ -281,13 +281,22 @@ def ddp(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
     recipe = recipe_in(str(folder / "store"), autoencoder=_autoencoder(folder), workers=2, zero_stage=1)
     encoded(recipe)
     hand_over(recipe, folder)
-    runs = in_turns(rounds, scanloom=lambda: ours(recipe), ddp=lambda: peer("ddp", folder, processes=2))
-    titles = {"scanloom": "scanloom, ZeRO-1, 2 workers", "ddp": "DistributedDataParallel over gloo, 2 processes"}
+    runs = in_turns(
+        rounds, scanloom=lambda: ours(recipe), ddp=lambda: peer("ddp", folder, processes=2),
+        ray=lambda: peer("ddp-on-ray", folder),
+    )  # fmt: skip
+    titles = {
+        "scanloom": "scanloom, ZeRO-1, 2 workers",
+        "ddp": "DistributedDataParallel over gloo, 2 processes",
+        "ray": "the same as 2 workers of Ray Train",
+    }
     ratio = _ratio(runs, "ddp")
     missed = [f"ddp: {ratio:.3f} of DistributedDataParallel's, asked {LEAST_DDP}"] * (ratio < LEAST_DDP)
     text = (
         f"The denoiser and batches of the first table, half a batch a worker, one thread each.\n\n"
-        f"{_table(runs, titles)}\n"
+        f"{_table(runs, titles)}\n\n"
+        f"Ray's own processes (some thirty) wake many times a second and need cores beside the workers': what they "
+        f"take from workers that hold every core of the machine shows between the last two rows.\n"
     )
     return text, missed
 

@@ -7,6 +7,7 @@ clipping and average of weights as scanloom's loop, and do nothing else: no chec
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -74,6 +75,31 @@ def ddp(plan: Plan, data: Data) -> list[float]:
     seconds = _train(plan, data, DistributedDataParallel(_attribute_unet(plan)), _stored_latents)
     torch.distributed.destroy_process_group()
     return seconds
+
+
+def ddp_on_ray(plan: Plan, _: Data) -> list[float]:
+    """The same two processes as workers of Ray Train, beside Ray's own processes."""
+    import tempfile
+
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from jobs.cluster import connected
+
+    with connected(), tempfile.TemporaryDirectory() as runs:
+        trainer = TorchTrainer(
+            _ray_worker, train_loop_config=plan, scaling_config=ScalingConfig(num_workers=2),
+            run_config=RunConfig(storage_path=runs),
+        )  # fmt: skip
+        result: Any = trainer.fit()
+    seconds: list[float] = result.return_value
+    return seconds
+
+
+def _ray_worker(plan: Plan) -> list[float]:
+    torch.set_num_threads(plan["threads"])
+    data = torch.load(Path(plan["folder"]) / "data.pt")
+    return _train(plan, data, DistributedDataParallel(_attribute_unet(plan)), _stored_latents)
 
 
 def _attribute_unet(plan: Plan) -> nn.Module:
@@ -200,14 +226,16 @@ def _first(count: int, batches: Iterable[Any]) -> Iterable[Any]:
             yield batch
 
 
-PROGRAMS = {"bare": bare, "online": online, "ddp": ddp, "text-to-image": text_to_image}
+PROGRAMS = {"bare": bare, "online": online, "ddp": ddp, "ddp-on-ray": ddp_on_ray, "text-to-image": text_to_image}
 
 
 def main() -> int:
     program, folder = sys.argv[1:]
     plan: Plan = json.loads((Path(folder) / "plan.json").read_text())
     torch.set_num_threads(plan["threads"])
-    seconds = PROGRAMS[program](plan | {"folder": folder}, torch.load(Path(folder) / "data.pt"))
+    # By its name in the module, not in __main__, so that workers of Ray find what they run.
+    run = getattr(importlib.import_module("tests.benchmarks.training_peers"), PROGRAMS[program].__name__)
+    seconds = run(plan | {"folder": folder}, torch.load(Path(folder) / "data.pt"))
     print(json.dumps(seconds))  # noqa: T201
     return 0
 
