@@ -37,6 +37,7 @@ from scanloom.recipe_prepare import Prepare as Prepare
 from scanloom.recipe_prepare import Source as Source
 from scanloom.recipe_prepare import Split as Split
 from scanloom.recipe_prepare import Window as Window
+from scanloom.recipe_probe import Probe as Probe
 from scanloom.recipe_train import Autoencoder as Autoencoder
 from scanloom.recipe_train import Encode as Encode
 from scanloom.recipe_train import Finetune as Finetune
@@ -50,11 +51,11 @@ RESERVED_COLUMNS = frozenset(
         "width", "height", "bits_stored", "spacing_mm", "mean", "logvar", "unit", "member", "sop_instance_uid",
         "dicom_shard", "dicom_offset", "dicom_length", "share", "count", "attributes", "cell", "mean_intensity",
         "frame", "window", "value_low", "value_high", "value_unit", "orientation", "direction", "position_mm",
-        "repairs", "text_lines", "fingerprint", "prompt",
+        "repairs", "text_lines", "fingerprint", "prompt", "attempt", "reason", "figures",
     }
 )  # fmt: skip
 
-_OF_ONE_CORPUS = frozenset({"corpus", "autoencoder", "latents", "generator"})
+_OF_ONE_CORPUS = frozenset({"corpus", "autoencoder", "latents", "generator", "probe"})
 
 # YAML 1.1 reads 1e-5 as a string; people write learning rates so.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -149,6 +150,7 @@ class Recipe(Section):
     autoencoder: Autoencoder = Autoencoder()
     encode: Encode = Encode()
     finetune: Finetune = Finetune()
+    probe: Probe = Probe()
     generate: Generate | None = None
 
     @model_validator(mode="after")

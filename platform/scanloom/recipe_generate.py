@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from scanloom.recipe_cohort import AsCorpusCohort, Cohort
 from scanloom.section import Count, Fraction, Positive, Section
@@ -12,6 +12,7 @@ from scanloom.section import Count, Fraction, Positive, Section
 Solver = Literal["ddim", "dpmpp-2m", "euler"]
 ImageFormat = Literal["png", "jpeg-xl", "raw"]
 TransferSyntax = Literal["native", "rle", "jpeg-ls", "htj2k"]
+SopClass = Literal["DX", "CT", "MR"]
 
 
 class Quality(Section):
@@ -19,27 +20,44 @@ class Quality(Section):
 
     least_contrast: Fraction = 0.02
     """Of the image's pixels, 98th less 2nd percentile as a share of full range; below it an image is blank."""
-    most_saturated: Fraction = 0.5
-    """Of the image's pixels at full white, or at black with neighbours that are black too, the largest share."""
+    most_white: Fraction = 0.1
+    """Share of the pixels within 1 % of full white; above it an image is saturated. Chest X-rays have below 0.01."""
+    most_black: Fraction = 0.75
+    """Share of the pixels within 1 % of black. Room for black bars beside a narrow scan, and for air around a head."""
     probe: str | None = None
     """URI of a probe artefact whose reading of the image must agree with what was asked for; None: nobody reads."""
     gate: str | None = None
     """URI of a privacy gate's artefact; None: the dataset says that it is ungated."""
-    attempts: Count = 8
-    """Of one image, at most; then its cell of the cohort counts as one that cannot be filled."""
+    attempts: Annotated[int, Field(ge=1, le=1000)] = 8
+    """At one image, at most; one that none of them could make is left out of the dataset and reported."""
+
+    @field_validator("gate")
+    @classmethod
+    def _known_gate(cls, gate: str | None) -> str | None:
+        if gate is not None:
+            raise ValueError("this version has no privacy gates; leave it out, and the dataset says that it is ungated")
+        return gate
 
 
 class Dicom(Section):
     """What the DICOM instances say beside the attributes, and how they lie in their shards."""
 
     enabled: bool = True
-    sop_class: Literal["DX", "CT", "MR"] = "DX"
+    sop_class: SopClass = "DX"
     transfer_syntax: TransferSyntax = "native"
     layout: Literal["flat", "study"] = "flat"
     """Names in the tar shards: SOP instance UIDs alone, or below folders of patient, study and series."""
     pixel_spacing_mm: Positive | None = None
     """None: the median spacing of the corpus, or 1.0 where the corpus has none."""
     content_date: Annotated[str, Field(pattern=r"^[0-9]{8}$")] = "20000101"
+    hu_range: tuple[float, float] = (-1024.0, 3071.0)
+    """What black and white stand for in CT images: the ends of the window that the corpus was read with."""
+
+    @model_validator(mode="after")
+    def _require_range(self) -> Dicom:
+        if not self.hu_range[0] < self.hu_range[1]:
+            raise ValueError(f"hu_range {list(self.hu_range)}: black must be below white")
+        return self
 
 
 class Generate(Section):
@@ -73,3 +91,9 @@ class Generate(Section):
     writers: Count = 1
     cost_per_hour: Annotated[float, Field(ge=0)] | None = None
     """What an engine costs an hour, in whatever currency, for estimates and progress; no part of the plan."""
+
+    @model_validator(mode="after")
+    def _require_bits_of_slices(self) -> Generate:
+        if self.dicom.enabled and self.dicom.sop_class != "DX" and self.bits_stored == 8:
+            raise ValueError(f"bits_stored 8: {self.dicom.sop_class} images hold 12 or 16 bits")
+        return self
