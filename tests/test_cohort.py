@@ -9,18 +9,27 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scanloom.attributes import AttributeSchema
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import AsCorpusCohort, CellsCohort, Cohort, MarginalsCohort
-from scanloom.sampling.cohort import CohortTables, Span, draw, quotas, resolve
+from scanloom.sampling.cell import CohortTables, Span
+from scanloom.sampling.cohort import resolve
+from scanloom.sampling.draw import draw as drawn
+from scanloom.sampling.draw import quotas
 from tests.tiny_generator import CELLS, ENVELOPE, SCHEMA
 
 
-def resolved(cohort: Cohort) -> CohortTables:
-    return resolve(cohort, SCHEMA, ENVELOPE, CELLS)
+def resolved(cohort: Cohort, images: int = 1000) -> CohortTables:
+    return resolve(cohort, SCHEMA, ENVELOPE, CELLS, images).tables
+
+
+def draw(cohort: CohortTables, schema: AttributeSchema, images: int, seed: int) -> pa.Table:
+    return drawn(cohort, schema, images, seed).rows(0, images)
 
 
 def cells(*cells: dict[str, Any]) -> CohortTables:

@@ -6,6 +6,7 @@ how often they die, is no part of the plan.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +21,12 @@ from scanloom.attributes import AttributeSchema, Envelope
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import Dicom, Generate, Quality
 from scanloom.recipe_generate import ImageFormat, Solver
-from scanloom.sampling.cohort import CELL_PREFIX, CohortTables, draw, quotas, resolve
+from scanloom.sampling.cell import CohortTables
+from scanloom.sampling.cohort import resolve
+from scanloom.sampling.corpus_table import Unseen
+from scanloom.sampling.draw import CELL_PREFIX, Drawn, draw, quotas
 
+LOG = logging.getLogger("scanloom")
 FALLBACK_SPACING_MM = 1.0
 # A shard travels from engine to writer as one Arrow value, which ends at 2 GiB.
 MAX_SHARD_BYTES = 2**30
@@ -51,6 +56,9 @@ class PlanSpec(BaseModel):
     bits_stored: Literal[8, 12, 16]
     spacing_mm: float
     quality: Quality
+    """Without the place of the probe: where an artefact lies is no part of what is made."""
+    probe: str | None = None
+    """Digest of the probe artefact."""
     image_format: ImageFormat
     webdataset: bool
     dicom: Dicom
@@ -70,10 +78,10 @@ class PlanSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled plan; `table` has the columns index int64, id string, the attributes, and `cell#n` int32."""
+    """A compiled plan: about ten bytes an image, from which the rows of any shard are made when asked for."""
 
     spec: PlanSpec
-    table: pa.Table
+    drawn: Drawn
 
     @property
     def digest(self) -> str:
@@ -84,12 +92,58 @@ class Plan:
         return self.spec.shards
 
     def rows(self, shard: int) -> pa.Table:
-        """The rows of one shard."""
-        return self.table.slice(shard * self.spec.images_per_shard, self.spec.images_per_shard)
+        """The rows of one shard: index int64, id string, the attributes, and `cell#n` int32."""
+        start = shard * self.spec.images_per_shard
+        return self._rows(start, start + self.spec.images_per_shard)
+
+    @property
+    def table(self) -> pa.Table:
+        """The rows of all shards, for looking at small plans."""
+        return self._rows(0, self.spec.images)
+
+    def _rows(self, start: int, stop: int) -> pa.Table:
+        stop = min(stop, self.spec.images)
+        rows = self.drawn.rows(start, stop).add_column(0, "id", image_ids(self.spec.digest, start, stop))
+        return rows.add_column(0, "index", pa.array(np.arange(start, stop)))
 
 
-def specify(section: Generate, name: str, digest: str, statistics: Mapping[str, Any]) -> PlanSpec:
+def image_ids(plan_digest: str, start: int, stop: int) -> pa.StringArray:
+    """The ids of images [start, stop), as `PlanSpec.image_id` has them: 16 bytes each, so 2**27 of them at most."""
+    count = max(0, stop - start)
+    text = np.empty((count, 16), dtype=np.uint8)
+    text[:, :8] = np.frombuffer(plan_digest[:8].encode(), np.uint8)
+    octets = np.arange(start, start + count).astype(">u4").view(np.uint8).reshape(count, 4)
+    digits = np.frombuffer(b"0123456789abcdef", np.uint8)
+    text[:, 8::2], text[:, 9::2] = digits[octets >> 4], digits[octets & 15]
+    offsets = np.arange(0, 16 * count + 1, 16, dtype=np.int32)
+    return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(text))
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a recipe orders of a generator: the plan, and what of it the corpus never had."""
+
+    spec: PlanSpec
+    unseen: Unseen
+    told: tuple[str, ...]
+    """What a person should know of the order, a sentence each."""
+
+
+def specify(
+    section: Generate, name: str, digest: str, statistics: Mapping[str, Any], probe: str | None = None
+) -> PlanSpec:
     """The plan of a recipe's `generate` section for a generator of this name, digest and manifest statistics.
+
+    `probe`: digest of the probe artefact. What a person should know of the order is logged. Raises as `order` does.
+    """
+    ordered = order(section, name, digest, statistics, probe)
+    for sentence in ordered.told:
+        LOG.warning("generate.cohort: %s", sentence)
+    return ordered.spec
+
+
+def order(section: Generate, name: str, digest: str, statistics: Mapping[str, Any], probe: str | None = None) -> Order:
+    """The order of a recipe's `generate` section, as `specify` has it.
 
     Raises RecipeError or ArtefactError for a request that the generator cannot meet, naming its envelope.
     """
@@ -105,26 +159,25 @@ def specify(section: Generate, name: str, digest: str, statistics: Mapping[str, 
         raise RecipeError(f"generate.images_per_shard={section.images_per_shard}: {fitting} of these images at most")
     schema = AttributeSchema.model_validate(statistics["schema"])
     envelope = Envelope.model_validate(statistics["envelope"])
+    cohort = resolve(section.cohort, schema, envelope, statistics["cells"], section.images)
     settings = section.model_dump(include=set(PlanSpec.model_fields) - {"cohort", "dicom", "quality"})
-    spacing = section.dicom.pixel_spacing_mm or statistics.get("spacing_mm") or FALLBACK_SPACING_MM
-    return PlanSpec(
+    spec = PlanSpec(
         **settings,
         generator=digest,
         generator_name=name,
         attributes=schema,
-        cohort=resolve(section.cohort, schema, envelope, statistics["cells"]),
-        spacing_mm=spacing,
-        quality=section.quality,
+        cohort=cohort.tables,
+        spacing_mm=section.dicom.pixel_spacing_mm or statistics.get("spacing_mm") or FALLBACK_SPACING_MM,
+        quality=section.quality.model_copy(update={"probe": None}),
+        probe=probe,
         dicom=section.dicom,
     )
+    return Order(spec, cohort.unseen, cohort.told)
 
 
 def compile_plan(spec: PlanSpec) -> Plan:
     """The plan with its rows: exact quotas, shuffled; the same spec gives the same rows."""
-    index = pa.array(np.arange(spec.images))
-    ids = pa.array([spec.image_id(i) for i in range(spec.images)])
-    drawn = draw(spec.cohort, spec.attributes, spec.images, spec.seed)
-    return Plan(spec, drawn.add_column(0, "id", ids).add_column(0, "index", index))
+    return Plan(spec, draw(spec.cohort, spec.attributes, spec.images, spec.seed))
 
 
 def cell_counts(rows: pa.Table) -> dict[str, dict[str, int]]:
