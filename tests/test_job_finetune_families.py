@@ -69,7 +69,7 @@ def family(request: pytest.FixtureRequest, ray_cluster: None, tmp_path_factory: 
     store = tmp_path_factory.mktemp(name)
     denoiser: dict[str, Any] = {"channels": [16, 32], "condition_dim": 32}
     if name in TEXT_FAMILIES:
-        denoiser = {"family": name, "weights": str(write_base(name, store / "base"))} | {"lora": LORA} * lora
+        denoiser = {"family": name, "weights": str(write_base(name, store / "base"))} | ({"lora": LORA} if lora else {})
     made = Family(store, denoiser, OBJECTIVES.get(name, "v_prediction"))
     publish_corpus(f"{store}/corpus")
     encode(made.recipe(store, 0))
