@@ -1,12 +1,17 @@
 """The pixels of a shard: what one generation actor does, without knowing of Ray, and one image made anew.
 
 Pixels are quantised here, once; everything after handles integers.
+
+An image that the judges refuse is drawn again from the noise of its next attempt, at once, in the running engine. What
+comes of an image depends on (plan, index) alone, but for one rule within a shard: see GIVE_UP_AFTER.
 """
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,47 +21,207 @@ from numpy.typing import NDArray
 
 from scanloom.artefact import open_artefact
 from scanloom.errors import ArtefactError
+from scanloom.models.attribute_probe import load_probe
 from scanloom.models.generator import load_generator
-from scanloom.sampling.dataset import Pixels, rows_from_bytes, rows_to_bytes, stored_row
+from scanloom.sampling.dataset import Pixels, rows_from_bytes, stored_row
+from scanloom.sampling.draw import CELL_PREFIX
 from scanloom.sampling.engine import Engine, ImageRequest, is_batch_invariant
 from scanloom.sampling.plan import PlanSpec
-from scanloom.shards.writer import png_pixels
+from scanloom.sampling.quality import Agreement, Appearance, Judge, Verdict, verdicts
+from scanloom.shards.writer import image_pixels
+
+GIVE_UP_AFTER = 4
+"""Where so many images of a cell, one after the other in a shard's order, could not be made, its later images in that
+shard are infeasible untried: an order of a million must not spend all attempts on what this generator cannot do.
+
+With 8 attempts that is 32 refusals in a row: with 95 % confidence fewer than one draw in eleven would pass.
+"""
+
+
+@dataclass(frozen=True)
+class Produced:
+    """What came of a shard's rows."""
+
+    pixels: Pixels
+    """[N, H, W] of the N images that entered, in the rows' order; [0, 0, 0] where none did."""
+    attempts: list[int]
+    """Which attempt of each entered."""
+    rejects: list[dict[str, Any]]
+    """`index`, `attempt`, `reason` and `figures` of every refusal, by index and attempt. An image that could not be
+    made ends with `infeasible` and the number of its attempts, 0 where its cell was given up before."""
 
 
 class ShardEngine:
-    """Makes the pixels of one shard a call. Raises ArtefactError where the generator is damaged or not the plan's."""
+    """Makes the pixels of one shard a call. Raises ArtefactError where an artefact is damaged or not the plan's."""
 
-    def __init__(self, spec: PlanSpec, generator_uri: str, device: str, threads: int) -> None:
+    def __init__(
+        self, spec: PlanSpec, generator_uri: str, device: str, threads: int, probe_uri: str | None = None
+    ) -> None:
         fix_arithmetic(threads)
-        generator = load_generator(generator_uri, device)
-        if generator.digest != spec.generator:
-            raise ArtefactError(
-                f"{generator_uri}: is generator {generator.digest[:12]}, the plan is for {spec.generator[:12]}; "
-                "restore that one"
-            )
+        generator = load_generator(generator_uri, device, precision=spec.precision, compiled=spec.compiled)
+        _require_planned("generator", generator_uri, generator.digest, spec.generator)
         self._spec = spec
         self._engine = Engine(generator, spec.slots, spec.solver)
+        self._judges = judges(spec, probe_uri, device)
         invariant = is_batch_invariant(generator, spec.slots)
         self._environment = environment(device) | {"batch_invariant": invariant}
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
-        """Of `shard` (int) and `rows` (plan rows as Arrow IPC): these, pixels [N, H, W] as bytes, and how it went."""
+        """Of `shard` (int) and `rows` (plan rows as Arrow IPC): these, what `Produced` holds, and how it went."""
         started = time.monotonic()
-        rows = rows_from_bytes(shard["rows"])
-        pixels = self._pixels(rows)
+        made = produce(self._engine, self._spec, rows_from_bytes(shard["rows"]), self._judges)
         return shard | {
-            "pixels": pixels.tobytes(),
-            "height": pixels.shape[1],
-            "width": pixels.shape[2],
+            "pixels": made.pixels.tobytes(),
+            "height": made.pixels.shape[1],
+            "width": made.pixels.shape[2],
+            "attempts": made.attempts,
+            "rejects": made.rejects,
             "engine_s": time.monotonic() - started,
             "environment": self._environment,
         }
 
-    def _pixels(self, rows: pa.Table) -> Pixels:
-        wanted = [request(self._spec, row) for row in rows.to_pylist()]
-        place = {r.index: n for n, r in enumerate(wanted)}
-        made = {place[f.request.index]: quantise(f.image, self._spec.bits_stored) for f in self._engine.run(wanted)}
-        return np.stack([made[n] for n in range(len(wanted))])
+    def again(self, row: Mapping[str, Any]) -> Pixels:
+        """[H, W]: one image from the attempt that its row names, unjudged."""
+        [made] = self._engine.run([request(self._spec, row)])
+        return quantise(made.image, self._spec.bits_stored)
+
+
+def judges(spec: PlanSpec, probe_uri: str | None, device: str) -> list[Judge]:
+    """Who decides what enters a dataset, in the order in which they look.
+
+    Raises ArtefactError where the plan's probe is not at `probe_uri`, or reads what the plan does not know.
+    """
+    found: list[Judge] = [Appearance(spec.quality, spec.bits_stored)]
+    if spec.probe is not None:
+        if probe_uri is None:
+            raise ArtefactError(f"the plan of {spec.dataset} is checked by probe {spec.probe[:12]}; say where it lies")
+        probe = load_probe(probe_uri, device)
+        _require_planned("probe", probe_uri, probe.digest, spec.probe)
+        probe.card.require_fits(spec.attributes, probe_uri)
+        found.append(Agreement(probe.card, lambda pixels: probe.read(pixels, spec.bits_stored)))
+    return found
+
+
+def produce(engine: Engine, spec: PlanSpec, rows: pa.Table, judges: Sequence[Judge]) -> Produced:
+    """Make a shard's images, each as often as it takes, with the engine's slots full while there is work."""
+    orders = [_Order(place, request(spec, row), _cell(row)) for place, row in enumerate(rows.to_pylist())]
+    by_index = {order.wanted.index: order for order in orders}
+    line = _Line(orders, spec.quality.attempts)
+    while line or engine.busy:
+        line.feed(engine)
+        finished = engine.step()
+        if not finished:
+            continue
+        images = np.stack([quantise(f.image, spec.bits_stored) for f in finished])
+        told = verdicts(judges, images, [f.request.attributes for f in finished])
+        for made, image, verdict in zip(finished, images, told, strict=True):
+            order = by_index[made.request.index]
+            order.take(image, verdict)
+            line.settle(order, engine)
+    entered = [order for order in orders if order.pixels is not None]
+    pixels = [order.pixels for order in entered if order.pixels is not None]
+    return Produced(
+        np.stack(pixels) if pixels else np.zeros((0, 0, 0), np.uint8 if spec.bits_stored == 8 else np.uint16),
+        [len(order.rejects) for order in entered],
+        [reject for order in orders for reject in order.told()],
+    )
+
+
+@dataclass
+class _Order:
+    """One row of a shard, on its way to an image."""
+
+    place: int
+    wanted: ImageRequest
+    """As it is drawn now, or next."""
+    cell: tuple[int, ...]
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+    pixels: Pixels | None = None
+    infeasible: bool = False
+
+    @property
+    def settled(self) -> bool:
+        return self.infeasible or self.pixels is not None
+
+    def take(self, image: Pixels, verdict: Verdict) -> None:
+        """What was drawn and what the judges say of it; nobody waits for it where the order was given up."""
+        if self.infeasible:
+            return
+        if verdict.reason is None:
+            self.pixels = image
+            return
+        refused = {"index": self.wanted.index, "attempt": self.wanted.attempt}
+        self.rejects.append(refused | {"reason": verdict.reason, "figures": dict(verdict.figures)})
+        self.wanted = replace(self.wanted, attempt=self.wanted.attempt + 1)
+
+    def give_up(self) -> None:
+        """Forget all that was drawn."""
+        self.infeasible, self.pixels, self.rejects = True, None, []
+
+    def told(self) -> list[dict[str, Any]]:
+        """The order's part of `Produced.rejects`."""
+        if not self.infeasible:
+            return self.rejects
+        last = {"index": self.wanted.index, "attempt": len(self.rejects), "reason": "infeasible", "figures": {}}
+        return [*self.rejects, last]
+
+
+class _Line:
+    """What is to be drawn next: what a cell's verdict hangs on first, then the rest, by the shard's order.
+
+    The order changes what a shard costs and never what it holds: which images are given up follows from the outcomes
+    in the shard's order, and what was drawn of them in the meantime is thrown away.
+    """
+
+    def __init__(self, orders: Sequence[_Order], attempts: int) -> None:
+        self._attempts = attempts
+        self._cells: dict[tuple[int, ...], list[_Order]] = {}
+        for order in orders:
+            self._cells.setdefault(order.cell, []).append(order)
+        self._failing: set[tuple[int, ...]] = set()
+        self._next = [(0, order.place, order) for order in orders]
+
+    def __bool__(self) -> bool:
+        while self._next and self._next[0][2].infeasible:
+            heapq.heappop(self._next)
+        return bool(self._next)
+
+    def feed(self, engine: Engine) -> None:
+        """Submit as much as finds free slots, and no more: what is refused meanwhile may go first."""
+        while self and engine.waiting < engine.free_slots() // self._next[0][2].wanted.slots:
+            engine.submit(heapq.heappop(self._next)[2].wanted)
+
+    def settle(self, order: _Order, engine: Engine) -> None:
+        """Take note of a verdict: line the order up again, or see what its cell comes to."""
+        if order.infeasible:
+            return
+        cell = self._cells[order.cell]
+        if order.pixels is None and len(order.rejects) < self._attempts:
+            before = sum(1 for other in cell if other.place < order.place and not other.settled)
+            heapq.heappush(self._next, (0 if before < GIVE_UP_AFTER else 1, order.place, order))
+            return
+        if order.pixels is None:
+            order.infeasible = True
+            self._failing.add(order.cell)
+        for lost in _without_hope(cell) if order.cell in self._failing else ():
+            lost.give_up()
+            engine.cancel(lost.wanted)
+
+
+def _without_hope(cell: Sequence[_Order]) -> Iterator[_Order]:
+    """Those after the first GIVE_UP_AFTER infeasible ones in a row, as far as is known."""
+    in_a_row = 0
+    for order in cell:
+        if in_a_row >= GIVE_UP_AFTER:
+            yield order
+        elif not order.settled:
+            return
+        else:
+            in_a_row = in_a_row + 1 if order.infeasible else 0
+
+
+def _cell(row: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(value for name, value in row.items() if name.startswith(CELL_PREFIX))
 
 
 def regenerate(dataset_uri: str, image_id: str, generator_uri: str | None = None) -> tuple[Pixels, Pixels]:
@@ -74,16 +239,15 @@ def regenerate(dataset_uri: str, image_id: str, generator_uri: str | None = None
     home = next(entry.uri for entry in dataset.manifest.inputs if entry.role == "generator")
     maker = statistics["environments"][0]
     device = "cuda" if maker["device"] != "cpu" and torch.cuda.is_available() else "cpu"
-    engine = ShardEngine(spec, generator_uri or home, device, maker["threads"])
-    row = pa.Table.from_pylist([stored]).drop_columns(["image"])
-    made = engine({"shard": 0, "rows": rows_to_bytes(row)})
-    kept = png_pixels(stored["image"]["bytes"])
-    return np.frombuffer(made["pixels"], kept.dtype).reshape(made["height"], made["width"]), kept
+    # Nobody judges it a second time, so no probe is needed.
+    engine = ShardEngine(spec.model_copy(update={"probe": None}), generator_uri or home, device, maker["threads"])
+    return engine.again(stored), image_pixels(stored)
 
 
 def request(spec: PlanSpec, row: Mapping[str, Any]) -> ImageRequest:
-    """What the engine is to make for a row of the plan or of the finished dataset."""
-    return ImageRequest(row["index"], spec.seed, spec.attributes.from_row(row), spec.steps, spec.guidance_scale)
+    """What the engine is to make for a row of the plan (its first attempt) or of the finished dataset."""
+    attributes = spec.attributes.from_row(row)
+    return ImageRequest(row["index"], spec.seed, attributes, spec.steps, spec.guidance_scale, row.get("attempt", 0))
 
 
 def quantise(image: NDArray[np.float32], bits_stored: int) -> Pixels:
@@ -107,3 +271,8 @@ def environment(device: str) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _require_planned(what: str, uri: str, found: str, planned: str) -> None:
+    if found != planned:
+        raise ArtefactError(f"{uri}: is {what} {found[:12]}, the plan is for {planned[:12]}; restore that one")

@@ -3,7 +3,8 @@
 A limit is a split-conformal quantile: of n held-out scans of which a request is true it is the k-th lowest agreement,
 k = floor(t (n + 1)), so that another real scan of that kind falls below it with a chance of t at most (Vovk et al.
 2005; Angelopoulos & Bates 2023, section 1). Where a scan meets several checks of one attribute, as it does of labels,
-t is lowered until all of them together refuse no more than the stated share.
+t is lowered until all of them together refuse no more than the stated share; a rare label keeps k = 1 as long as that
+alone is within the share.
 """
 
 from __future__ import annotations
@@ -120,17 +121,21 @@ class _Asked:
         self.readable = readable
         self.check = check.model_copy(update={"scans": len(self.places)})
 
-    def limit(self, share: float) -> float | None:
-        kept = math.floor(share * (len(self.agreement) + 1) + 1e-9)
-        return float(np.sort(self.agreement)[kept - 1]) if self.readable and kept else None
+    def limit(self, rank: int) -> float | None:
+        return float(np.sort(self.agreement)[rank - 1]) if self.readable and rank else None
 
-    def refused(self, share: float) -> set[int]:
+    def rank(self, share: float, most: float) -> int:
+        """Which of the lowest agreements is the limit, where this check may refuse `share`, and never over `most`."""
+        within, fewest = (math.floor(part * (len(self.agreement) + 1) + 1e-9) for part in (share, most))
+        return max(within, min(fewest, 1))
+
+    def refused(self, rank: int) -> set[int]:
         """Scans that count as refused: the one that sets the limit too, as for any scan that is yet to come."""
-        limit = self.limit(share)
+        limit = self.limit(rank)
         return set() if limit is None else set(self.places[self.agreement <= limit].tolist())
 
-    def limited(self, share: float | None) -> Check:
-        limit = None if share is None else self.limit(share)
+    def limited(self, rank: int) -> Check:
+        limit = self.limit(rank)
         if limit is None:
             why = "too few held-out scans" if self.readable else "no better than chance"
             return self.check.model_copy(update={"reason": why})
@@ -141,10 +146,11 @@ class _Asked:
 def _limited(asked: Sequence[_Asked], known: int, share: float) -> list[Check]:
     """The checks of one attribute, each at the largest share at which all together keep to the stated one."""
     for part in (share * step for step in _SHARES):
-        together = set[int]().union(*(one.refused(part) for one in asked))
+        ranks = [one.rank(part, share) for one in asked]
+        together = set[int]().union(*(one.refused(rank) for one, rank in zip(asked, ranks, strict=True)))
         if len(together) <= share * (known + 1):
-            return [one.limited(part) for one in asked]
-    return [one.limited(None) for one in asked]
+            return [one.limited(rank) for one, rank in zip(asked, ranks, strict=True)]
+    return [one.limited(0) for one in asked]
 
 
 def _possible(schema: AttributeSchema, name: str) -> list[Check]:

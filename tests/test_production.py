@@ -1,0 +1,172 @@
+"""What a shard holds when images are refused: each drawn until it passes, none for ever, the same after any retry."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scanloom.artefact import Artefact
+from scanloom.errors import ArtefactError
+from scanloom.recipe import CellsCohort, Generate
+from scanloom.sampling import production
+from scanloom.sampling.engine import Engine
+from scanloom.sampling.noise import gaussian_noise
+from scanloom.sampling.plan import Plan, compile_plan, specify
+from scanloom.sampling.production import GIVE_UP_AFTER, Produced, ShardEngine, produce, request
+from scanloom.sampling.quality import Appearance, Judge
+from tests.faulty_generator import FaultyGenerator
+from tests.tiny_generator import STATISTICS, publish_generator
+
+EFFUSION, HOPELESS, NORMAL = ["Effusion"], ["Cardiomegaly"], list[str]()
+
+
+def plan_of(shares: Sequence[tuple[list[str], int]], *, attempts: int = 8, slots: int = 4, seed: int = 3) -> Plan:
+    cells = tuple({"findings": findings, "share": share} for findings, share in shares)
+    images = sum(share for _, share in shares)
+    section = Generate(
+        images=images, images_per_shard=images, cohort=CellsCohort(cells=cells), steps=1, guidance_scale=1.0,
+        slots=slots, seed=seed, quality={"attempts": attempts},
+    )  # fmt: skip
+    return compile_plan(specify(section, "faulty", "f" * 64, STATISTICS))
+
+
+def made(plan: Plan, *, slots: int | None = None, judges: Sequence[Judge] | None = None) -> tuple[Produced, Engine]:
+    engine = Engine(FaultyGenerator(), slots or plan.spec.slots)
+    chosen = [Appearance(plan.spec.quality, plan.spec.bits_stored)] if judges is None else judges
+    return produce(engine, plan.spec, plan.rows(0), chosen), engine
+
+
+def first_that_shows(plan: Plan, index: int) -> int:
+    """Counted by hand: the first attempt at an image whose noise begins above 0."""
+    noise = (gaussian_noise(plan.spec.seed, index, (2, 8, 8), n).flat[0] for n in range(1000))
+    return next(attempt for attempt, value in enumerate(noise) if value > 0.0)
+
+
+def test_an_image_is_drawn_again_until_it_is_not_blank() -> None:
+    plan = plan_of([(EFFUSION, 40), (NORMAL, 20)], attempts=20)
+    result, _ = made(plan)
+    rows = plan.rows(0).to_pylist()
+    expected = [first_that_shows(plan, row["index"]) if row["findings"] else 0 for row in rows]
+    assert result.attempts == expected
+    assert 0 < sum(expected) < 120
+    assert len(result.pixels) == 60
+    assert min(image.std() for image in result.pixels) > 10
+    counted = Counter(reject["index"] for reject in result.rejects)
+    assert counted == {row["index"]: n for row, n in zip(rows, expected, strict=True) if n}
+    for reject in result.rejects:
+        assert reject["reason"] == "blank"
+        assert reject["figures"]["contrast"] < reject["figures"]["least"]
+    assert [(r["index"], r["attempt"]) for r in result.rejects] == sorted(
+        (row["index"], attempt) for row, n in zip(rows, expected, strict=True) for attempt in range(n)
+    )
+
+
+def test_what_enters_does_not_depend_on_slots_or_on_what_ran_before() -> None:
+    plan = plan_of([(EFFUSION, 24), (HOPELESS, 12), (NORMAL, 6)], attempts=3)
+    expected, engine = made(plan, slots=1)
+    for slots in (2, 5, 64):
+        result, engine = made(plan, slots=slots)
+        assert result.attempts == expected.attempts
+        assert result.rejects == expected.rejects
+        np.testing.assert_array_equal(result.pixels, expected.pixels)
+    again = produce(engine, plan.spec, plan.rows(0), [Appearance(plan.spec.quality, 8)])
+    assert not engine.busy
+    assert (again.attempts, again.rejects) == (expected.attempts, expected.rejects)
+
+
+def test_an_image_that_no_attempt_could_make_is_reported_and_left_out() -> None:
+    plan = plan_of([(HOPELESS, 2), (NORMAL, 6)], attempts=5)
+    result, _ = made(plan)
+    rows = plan.rows(0).to_pylist()
+    lost = {row["index"] for row in rows if row["findings"]}
+    assert len(result.pixels) == len(result.attempts) == 6
+    for index in lost:
+        told = [(r["attempt"], r["reason"]) for r in result.rejects if r["index"] == index]
+        assert told == [*((attempt, "blank") for attempt in range(5)), (5, "infeasible")]
+
+
+def test_a_cell_that_cannot_be_filled_is_given_up_and_does_not_eat_the_attempts() -> None:
+    plan = plan_of([(HOPELESS, 100), (NORMAL, 20)], attempts=8)
+    result, engine = made(plan, slots=8)
+    assert len(result.pixels) == 20
+    hopeless = [row["index"] for row in plan.rows(0).to_pylist() if row["findings"]]
+    infeasible = {r["index"]: r["attempt"] for r in result.rejects if r["reason"] == "infeasible"}
+    assert infeasible == {index: 8 if place < GIVE_UP_AFTER else 0 for place, index in enumerate(hopeless)}
+    assert sum(r["reason"] == "blank" for r in result.rejects) == 8 * GIVE_UP_AFTER
+    # All attempts would be 820 draws, of which a step makes at most 8.
+    assert engine.steps < 820 / 8 / 3
+
+
+def test_a_cell_of_which_some_can_be_made_is_not_given_up() -> None:
+    plan = plan_of([(EFFUSION, 200)], attempts=2)
+    result, _ = made(plan, slots=16)
+    outcomes = [first_that_shows(plan, index) < 2 for index in range(200)]
+    in_a_row = max(len(run) for run in "".join("." if passed else "x" for passed in outcomes).split("."))
+    assert in_a_row < GIVE_UP_AFTER, "choose another seed"
+    assert len(result.pixels) == sum(outcomes)
+
+
+def test_a_shard_of_which_nothing_could_be_made_is_empty() -> None:
+    result, _ = made(plan_of([(HOPELESS, 3)], attempts=1))
+    assert result.pixels.shape == (0, 0, 0)
+    assert result.attempts == []
+    assert [r["reason"] for r in result.rejects] == ["blank", "infeasible"] * 3
+
+
+def test_slots_stay_full_while_images_are_drawn_again() -> None:
+    plan = plan_of([(EFFUSION, 400)], attempts=30)
+    result, engine = made(plan, slots=8)
+    draws = sum(attempt + 1 for attempt in result.attempts)
+    # One step a draw, eight at once; a few steps at the end when fewer than eight are left.
+    assert engine.steps <= draws / 8 + 15
+
+
+def test_a_row_says_which_attempt_is_to_be_drawn() -> None:
+    plan = plan_of([(NORMAL, 1)])
+    [row] = plan.rows(0).to_pylist()
+    assert request(plan.spec, row).attempt == 0
+    assert request(plan.spec, row | {"attempt": 3}).attempt == 3
+
+
+class _Choosy:
+    """Refuses a tiny generator's images whose mean is under the middle of what it saw first."""
+
+    def __init__(self, middle: float) -> None:
+        self._middle = middle
+
+    def __call__(self, pixels: np.ndarray[Any, Any], requested: Sequence[Mapping[str, Any]]) -> list[Any]:
+        passing, failing = production.Verdict(), production.Verdict("gate", {"mean": 0.0})
+        return [passing if image.mean() > self._middle else failing for image in pixels]
+
+
+def test_a_real_generators_image_comes_again_from_the_attempt_that_entered(tmp_path: Path) -> None:
+    plan, engine = tiny(tmp_path)
+    first = produce(engine._engine, plan.spec, plan.rows(0), [])
+    judge = _Choosy(float(np.median([image.mean() for image in first.pixels])))
+    result = produce(engine._engine, plan.spec, plan.rows(0), [judge])
+    lost = {r["index"] for r in result.rejects if r["reason"] == "infeasible"}
+    rows = [row for row in plan.rows(0).to_pylist() if row["index"] not in lost]
+    assert any(result.attempts)
+    for row, attempt, image in zip(rows, result.attempts, result.pixels, strict=True):
+        np.testing.assert_array_equal(engine.again(row | {"attempt": attempt}), image)
+
+
+def tiny(folder: Path, **changes: Any) -> tuple[Plan, ShardEngine]:
+    generator: Artefact = publish_generator(str(folder))
+    section = Generate(images=8, images_per_shard=8, slots=4, steps=2, **changes)
+    plan = compile_plan(specify(section, "tiny", generator.digest, STATISTICS))
+    return plan, ShardEngine(plan.spec, generator.uri, "cpu", 1)
+
+
+def test_a_plan_that_a_probe_checks_is_not_made_without_it(tmp_path: Path) -> None:
+    plan = plan_of([(NORMAL, 1)])
+    spec = plan.spec.model_copy(update={"probe": "p" * 64})
+    with pytest.raises(ArtefactError, match="say where it lies"):
+        production.judges(spec, None, "cpu")
+    with pytest.raises(ArtefactError, match="no artefact here"):
+        production.judges(spec, str(tmp_path), "cpu")
