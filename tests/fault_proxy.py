@@ -20,6 +20,7 @@ Fault = Literal[
     "503",  # refused, not forwarded
     "429",
     "403",
+    "507",
     "reset",  # connection reset, not forwarded
     "lost_ack",  # forwarded and applied; the connection breaks before the client hears of it
     "truncate",  # the response ends cleanly after `at` bytes of its body
@@ -32,6 +33,7 @@ _ANSWERS = {
     "503": "503 Slow Down|SlowDown",
     "429": "429 Too Many Requests|TooManyRequests",
     "403": "403 Forbidden|AccessDenied",
+    "507": "507 Insufficient Storage|InsufficientStorage",
 }
 
 
@@ -70,6 +72,10 @@ class FaultProxy:
     ) -> None:
         """Break the next `times` requests that match (regular expressions), each with probability `share`."""
         self._rules.append(_Rule(fault, method, path, times, share, at))
+
+    def heal(self) -> None:
+        """Break nothing any more."""
+        self._rules.clear()
 
     def __enter__(self) -> Self:
         self._thread.start()
