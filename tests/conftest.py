@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.25"
+os.environ["RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"] = "1"
 
 
 @pytest.fixture(scope="session")
