@@ -8,17 +8,23 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from pydicom import Dataset, dcmread, dcmwrite
+from pydicom.encaps import encapsulate
 from pydicom.uid import UID
 
 from scanloom.dicom import checks
 from scanloom.dicom.checks import RULES, dciodvfy, violations
 from scanloom.dicom.synthetic import InstanceDescription, build
+from scanloom.dicom.template import render
 from scanloom.errors import ScanloomError
 
 
 def sound() -> Dataset:
     instance = InstanceDescription("00c0ffee", "demo", "ab" * 32, "chest", "cd" * 32, 8, 0.143, "20000101", audit="x")
     return build(np.zeros((4, 4), np.uint8), instance)
+
+
+def compressed() -> InstanceDescription:
+    return InstanceDescription("a", "d", "ab", "g", "cd", 8, 1.0, "20000101", transfer_syntax="rle")
 
 
 def remove(keyword: str) -> Callable[[Dataset], None]:
@@ -76,6 +82,16 @@ PLANTED: list[tuple[str, Callable[[Dataset], None]]] = [
     ("pixels", change("BurnedInAnnotation", "YES")),
     ("pixels", change("PixelData", b"\0\0")),
 ]
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"\0\0", encapsulate([b"one", b"two"]), encapsulate([b"a frame"], has_bot=True)]
+)
+def test_compressed_pixels_must_be_one_frame_behind_an_empty_offset_table(value: bytes) -> None:
+    dataset = dcmread(io.BytesIO(render(np.zeros((4, 4), np.uint8), compressed())))
+    assert violations(dataset) == []
+    dataset.PixelData = value
+    assert [violation.rule for violation in violations(dataset)] == ["pixels"]
 
 
 @pytest.mark.parametrize("rule, plant", PLANTED)

@@ -162,6 +162,9 @@ def test_the_same_description_gives_the_same_bytes() -> None:
         ({"findings": ("x" * 10240,)}, "10240"),
         ({"audit": "a\\b"}, "audit"),
         ({"audit": "è"}, "audit"),
+        ({"sop_class": "CT"}, "CT images hold 12 or 16"),
+        ({"hu_range": (100.0, 100.0)}, "hu_range"),
+        ({"hu_range": (0.0, float("inf"))}, "hu_range"),
     ],
 )
 def test_a_value_that_dicom_cannot_hold_is_refused_by_name(change: dict[str, Any], named: str) -> None:

@@ -30,7 +30,15 @@ from scanloom.recipe import CategoryAttribute, LabelsAttribute, NumberAttribute
 from scanloom.shards.commit import ShardPart, begin, clean_orphans, commit_shard, committed, orphans, part_key
 from scanloom.shards.reader import parquet_paths, read_file, read_parquet, rows
 from scanloom.shards.schemas import QUARANTINE_SCHEMA, corpus_schema, dataset_schema, latents_schema
-from scanloom.shards.writer import parquet_bytes, png_bytes, png_pixels, tar_bytes
+from scanloom.shards.writer import (
+    SUFFIXES,
+    image_bytes,
+    image_pixels,
+    parquet_bytes,
+    png_bytes,
+    png_pixels,
+    tar_bytes,
+)
 from scanloom.store import Store
 from tests.fault_proxy import FaultProxy
 
@@ -190,10 +198,22 @@ def test_two_rivals_per_shard_on_a_failing_network_commit_exactly_once(
 @settings(max_examples=25, deadline=None)
 def test_tar_offsets_fetch_exactly_each_member(members: dict[str, bytes]) -> None:
     data, places = tar_bytes(list(members.items()))
+    assert tar_bytes([(name, (content[:7], memoryview(content)[7:])) for name, content in members.items()])[0] == data
+    assert by_tarfile(members) == data
     assert [data[offset : offset + length] for offset, length in places] == list(members.values())
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert [entry.mtime for entry in tar] == [0] * len(members)
         assert [tar.extractfile(entry).read() for entry in tar.getmembers()] == list(members.values())  # type: ignore[union-attr]
+
+
+def by_tarfile(members: dict[str, bytes]) -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return sink.getvalue()
 
 
 def test_a_tar_name_too_long_for_its_header_is_refused() -> None:
@@ -213,6 +233,44 @@ def test_png_is_lossless_in_8_and_16_bit(pixels: np.ndarray[Any, Any]) -> None:
 def test_pixels_that_png_cannot_hold_are_refused(pixels: np.ndarray[Any, Any]) -> None:
     with pytest.raises(ValueError, match="expected 2-D uint8 or uint16"):
         png_bytes(pixels)
+
+
+@given(
+    arrays.arrays(st.sampled_from([np.uint8, np.uint16]), st.tuples(st.integers(1, 40), st.integers(1, 40))),
+    st.sampled_from(["png", "jpeg-xl", "raw"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_image_format_is_lossless_and_read_by_its_name(pixels: np.ndarray[Any, Any], image_format: Any) -> None:
+    data = image_bytes(pixels, image_format)
+    assert image_bytes(np.asfortranarray(pixels), image_format) == data
+    back = image_pixels(image_row(pixels, data, image_format))
+    assert back.dtype == pixels.dtype
+    assert np.array_equal(back, pixels)
+
+
+def image_row(pixels: np.ndarray[Any, Any], data: bytes, image_format: Any) -> dict[str, Any]:
+    place = {"width": pixels.shape[1], "height": pixels.shape[0], "bits_stored": 8 * pixels.itemsize}
+    return {"image": {"bytes": data, "path": f"an-id.{SUFFIXES[image_format]}"}, **place}
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg-xl", "raw"])
+def test_an_image_that_is_not_what_its_row_says_is_refused(image_format: Any) -> None:
+    pixels = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    row = image_row(pixels, image_bytes(pixels, image_format), image_format)
+    for wrong in ({"width": 5}, {"bits_stored": 8}, {"image": row["image"] | {"bytes": b"JFIF?"}}):
+        with pytest.raises(ArtefactError, match="an image column holds"):
+            image_pixels(row | wrong)
+    with pytest.raises(ArtefactError, match="this code reads png, jxl, raw"):
+        image_pixels(row | {"image": row["image"] | {"path": "an-id.webp"}})
+
+
+def test_images_lie_in_parquet_as_they_are_and_the_rest_compressed() -> None:
+    table = _dataset(20)
+    metadata = pq.read_metadata(io.BytesIO(parquet_bytes(table, stored=("image.bytes",))))
+    group = metadata.row_group(0)
+    codecs = {group.column(i).path_in_schema: group.column(i).compression for i in range(group.num_columns)}
+    assert {name for name, codec in codecs.items() if codec != "ZSTD"} == {"image.bytes"}
+    assert pq.read_table(io.BytesIO(parquet_bytes(table, stored=("image.bytes",)))).equals(table)
 
 
 def test_bytes_that_are_no_png_are_refused() -> None:

@@ -37,7 +37,7 @@ def _publish_dataset(uri: str, scans: list[Phantom]) -> Artefact:
     begin(store, "dataset", PLAN)
     rows = [
         {"id": f"{s.index:016x}", "index": s.index, "image": {"bytes": png_bytes(s.pixels), "path": f"{s.index}.png"}}
-        | {"bits_stored": s.bits_stored, **s.attributes}
+        | {"width": s.pixels.shape[1], "height": s.pixels.shape[0], "bits_stored": s.bits_stored, **s.attributes}
         for s in scans
     ]
     data = parquet_bytes(pa.Table.from_pylist(rows, dataset_schema(SCHEMA)))

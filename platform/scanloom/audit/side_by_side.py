@@ -12,7 +12,7 @@ from scanloom.attributes import AttributeSchema
 from scanloom.audit.cardiothoracic import HeldOut, auc, cardiothoracic_ratio, fit_probe
 from scanloom.audit.contact_sheet import SheetRow, Tile, contact_sheet
 from scanloom.shards.reader import rows
-from scanloom.shards.writer import png_pixels
+from scanloom.shards.writer import image_pixels
 
 NORMAL = "No finding"
 DATASET_FOLDER = "images"
@@ -108,9 +108,9 @@ def sheet_rows(real: Sequence[Tile], synthetic: Sequence[Tile], per_side: int = 
 
 def _tiles(artefact: Artefact, folder: str, schema: AttributeSchema) -> Iterator[Tile]:
     """The pictures of an artefact's Parquet shards below `folder`, in shard order."""
-    columns = ["image", "bits_stored", *schema.names]
+    columns = ["image", "width", "height", "bits_stored", *schema.names]
     for row in rows(artefact, folder, columns):
-        yield Tile(png_pixels(row["image"]["bytes"]), schema.from_row(row), row["bits_stored"])
+        yield Tile(image_pixels(row), schema.from_row(row), row["bits_stored"])
 
 
 def _by_findings(pictures: Sequence[Tile]) -> dict[tuple[str, ...], list[Tile]]:

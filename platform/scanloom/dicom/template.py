@@ -16,19 +16,27 @@ from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 
+from scanloom.dicom.encapsulated import items
 from scanloom.dicom.synthetic import InstanceDescription, Pixels, header, individual, pixel_data, require_fit
 
 _PREAMBLE = b"\0" * 128 + b"DICM"
 _GROUP_LENGTH_HEAD = b"\x02\x00\x00\x00UL\x04\x00"
 _PIXEL_DATA_TAG = b"\xe0\x7f\x10\x00"
+_UNDEFINED_LENGTH = b"\xff\xff\xff\xff"
+_SEQUENCE_END = b"\xfe\xff\xdd\xe0\x00\x00\x00\x00"
 
 
 def render(pixels: Pixels, instance: InstanceDescription) -> bytes:
-    """A complete DICOM file (PS3.10), Explicit VR Little Endian, native pixels.
+    """A complete DICOM file (PS3.10) in the transfer syntax of `instance`.
 
     `pixels`: [rows, columns], uint8 for 8 bits stored and uint16 for more, bright is dense.
     Raises ArtefactError where they do not fit `instance.bits_stored`.
     """
+    return b"".join(pieces(pixels, instance))
+
+
+def pieces(pixels: Pixels, instance: InstanceDescription) -> tuple[bytes | memoryview, ...]:
+    """What `render` joins, so that who joins many files copies their pixels once."""
     require_fit(pixels, instance.bits_stored)
     rows, columns = pixels.shape
     template = _template(instance.shared(), rows, columns)
@@ -38,8 +46,10 @@ def render(pixels: Pixels, instance: InstanceDescription) -> bytes:
     body = _filled(template.body, values)
     # The group length counts what follows it (PS3.10 7.1), and the instance UID has no fixed length.
     meta_length = len(meta).to_bytes(4, "little")
-    head = (_PREAMBLE, _GROUP_LENGTH_HEAD, meta_length, meta, body, template.pixel_data_head)
-    return b"".join((*head, *pixel_data(pixels)))
+    head = b"".join((_PREAMBLE, _GROUP_LENGTH_HEAD, meta_length, meta, body, template.pixel_data_head))
+    if instance.transfer_syntax == "native":
+        return (head, *pixel_data(pixels))
+    return (head, items(pixels, instance.bits_stored, instance.transfer_syntax), _SEQUENCE_END)
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ def _template(shared: InstanceDescription, rows: int, columns: int) -> _Template
     return _Template(
         meta=tuple(_segments(dataset.file_meta, {"MediaStorageSOPInstanceUID"})),
         body=tuple(_segments(dataset, slots)),
-        pixel_data_head=_pixel_data_head(shared.bits_stored, rows * columns),
+        pixel_data_head=_pixel_data_head(shared, rows * columns),
     )
 
 
@@ -104,8 +114,10 @@ def _encoded(run: Dataset) -> bytes:
     return file.getvalue()
 
 
-def _pixel_data_head(bits_stored: int, pixels: int) -> bytes:
-    vr, length = (b"OB", pixels + pixels % 2) if bits_stored == 8 else (b"OW", 2 * pixels)
+def _pixel_data_head(shared: InstanceDescription, pixels: int) -> bytes:
+    if shared.transfer_syntax != "native":
+        return _PIXEL_DATA_TAG + b"OB\0\0" + _UNDEFINED_LENGTH
+    vr, length = (b"OB", pixels + pixels % 2) if shared.bits_stored == 8 else (b"OW", 2 * pixels)
     return _PIXEL_DATA_TAG + vr + b"\0\0" + length.to_bytes(4, "little")
 
 

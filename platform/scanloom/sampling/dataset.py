@@ -1,29 +1,34 @@
-"""From the pixels of a shard to its Parquet and DICOM objects, and from an image's id back to its row.
+"""From the pixels of a shard to its Parquet and tar objects, and from an image's id back to its row.
 
-Parquet's PNG and DICOM hold the same integers, so that they are equal by construction. torch-free, so that a writer
+Every object of a shard holds the same integers, so that they are equal by construction. torch-free, so that a writer
 starts fast and stays small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from scanloom.artefact import Artefact
 from scanloom.attributes import Attributes
 from scanloom.dicom.synthetic import InstanceDescription, instance_uid
-from scanloom.dicom.template import render
+from scanloom.dicom.template import pieces
 from scanloom.errors import RecipeError
 from scanloom.sampling.plan import Plan, PlanSpec, cell_counts, compile_plan
-from scanloom.shards.commit import ShardPart, commit_shard, part_key
+from scanloom.shards.commit import ShardCommit, ShardPart, commit_uploaded, part_key, upload_parts
 from scanloom.shards.reader import read_parquet
-from scanloom.shards.schemas import dataset_schema
-from scanloom.shards.writer import parquet_bytes, png_bytes, tar_bytes
+from scanloom.shards.schemas import IMAGE, dataset_schema, rejects_schema
+from scanloom.shards.writer import SUFFIXES, image_bytes, parquet_bytes, tar_bytes
 from scanloom.store import Store
 
 Pixels = NDArray[Any]
@@ -31,8 +36,14 @@ Pixels = NDArray[Any]
 Place = tuple[int, int] | None
 """Offset and length of a DICOM file in its tar shard, in bytes."""
 
-IMAGES, DICOM = "images", "dicom"
+IMAGES, DICOM, WEBDATASET, REJECTS = "images", "dicom", "webdataset", "rejects"
 """Folder of the dataset and role in the commits of each kind of shard."""
+INFEASIBLE = "infeasible"
+"""Reason of the reject that says of an image, not of a draw, that it is not in the dataset."""
+
+# Codecs leave the interpreter to others: while one thread hashes or talks to the store, another encodes.
+_ENCODERS = 2
+_UPLOADS = 2
 
 _KEYWORDS = (("sex", "PatientSex"), ("age", "PatientAge"), ("view", "ViewPosition"))
 
@@ -69,28 +80,62 @@ class EngineActor:
 
 
 def write_shard(shard: dict[str, Any], spec: PlanSpec, store: Store) -> dict[str, Any]:
-    """Encode and commit what `ShardEngine` made; shard, rows, and the commit (ours or a rival's) as JSON."""
-    rows = rows_from_bytes(shard["rows"])
+    """Encode and commit what `ShardEngine` made; shard, rows, and the commit (ours or a rival's) as JSON.
+
+    `shard` has the plan's `rows` of the shard; `rejects`, each with `index`, `attempt`, `reason` and `figures`; and
+    of every row that no reject declares infeasible, in order, its pixels and the attempt that entered.
+    """
+    number, planned = shard["shard"], rows_from_bytes(shard["rows"])
+    rejects = shard.get("rejects", [])
+    lost = [reject["index"] for reject in rejects if reject["reason"] == INFEASIBLE]
+    rows = planned.filter(pc.invert(pc.is_in(planned["index"], pa.array(lost, pa.int64()))))
+    attempts = shard.get("attempts") or [0] * len(rows)
     dtype = np.uint8 if spec.bits_stored == 8 else np.uint16
     pixels = np.frombuffer(shard["pixels"], dtype).reshape(len(rows), shard["height"], shard["width"])
-    parts = shard_parts(spec, shard["shard"], rows, pixels)
     statistics = {
-        "cells": cell_counts(rows), "engine_s": shard["engine_s"], "environment": shard["environment"]
-    }  # fmt: skip
-    commit = commit_shard(store, spec.digest, shard["shard"], parts, len(rows), statistics)
+        "cells": cell_counts(rows),
+        "attempts": {str(attempt): images for attempt, images in sorted(Counter(attempts).items())},
+        **_reject_counts(planned, rejects),
+        "engine_s": shard["engine_s"],
+        "environment": shard["environment"],
+    }
+    parts = shard_parts(spec, number, rows, pixels, attempts)
+    with ThreadPoolExecutor(_UPLOADS) as pool:
+        # While one part travels the next is made.
+        uploads = [pool.submit(upload_parts, store, number, [part]) for part in parts]
+        if rejects:
+            uploads.append(pool.submit(upload_parts, store, number, [_rejects_part(spec, planned, rejects)]))
+        files = {role: entry for upload in uploads for role, entry in upload.result().items()}
+    ours = ShardCommit(shard=number, plan=spec.digest, rows=len(rows), files=files, statistics=statistics)
+    commit = commit_uploaded(store, ours)
     return {"shard": commit.shard, "rows": commit.rows, "commit": commit.model_dump_json()}
 
 
-def shard_parts(spec: PlanSpec, shard: int, rows: pa.Table, pixels: Pixels) -> list[ShardPart]:
-    """The data objects of a shard with pixels [N, H, W]: Parquet, and a tar of DICOM files that it points into."""
-    parts: list[ShardPart] = []
-    places: Sequence[Place] = [None] * len(rows)
-    if spec.dicom.enabled:
-        tar, places = _dicom_tar(spec, rows, pixels)
-        parts.append(ShardPart(DICOM, DICOM, "tar", tar, len(rows)))
-    key = part_key(shard, parts[0]) if parts else None
-    table = _table(spec, rows, pixels, key, places)
-    return [*parts, ShardPart(IMAGES, IMAGES, "parquet", parquet_bytes(table), len(rows))]
+def shard_parts(
+    spec: PlanSpec, shard: int, rows: pa.Table, pixels: Pixels, attempts: Sequence[int] | None = None
+) -> Iterator[ShardPart]:
+    """The data objects of a shard with pixels [N, H, W], as they are made.
+
+    A tar of DICOM files, the Parquet that points into it, and a tar for WebDataset readers; the tars where the plan
+    asks for them. `attempts`: of each image, how often it was drawn and rejected before (None: never).
+    """
+    told = rows.to_pylist()
+    attempts = attempts or [0] * len(told)
+    with ThreadPoolExecutor(_ENCODERS) as pool:
+        encoded = pool.map(lambda image: image_bytes(image, spec.image_format), pixels)
+        places: Sequence[Place] = [None] * len(told)
+        key = None
+        if spec.dicom.enabled and told:
+            tar, places = _dicom_tar(spec, told, pixels, pool)
+            part = ShardPart(DICOM, DICOM, "tar", tar, len(told))
+            key = part_key(shard, part)
+            yield part
+        images = list(encoded)
+    table = _table(spec, rows, pixels, images, attempts, key, places)
+    yield ShardPart(IMAGES, IMAGES, "parquet", parquet_bytes(table, stored=("image.bytes",)), len(told))
+    if spec.webdataset and told:
+        tar, _ = tar_bytes(_webdataset_members(spec, table, images, pixels))
+        yield ShardPart(WEBDATASET, WEBDATASET, "tar", tar, len(told))
 
 
 def describe_instance(spec: PlanSpec, image_id: str, attributes: Attributes) -> InstanceDescription:
@@ -112,11 +157,23 @@ def describe_instance(spec: PlanSpec, image_id: str, attributes: Attributes) -> 
         age_years=age if isinstance(age, float) else None,
         view=view if isinstance(view, str) else None,
         findings=findings if isinstance(findings, tuple) else None,
+        sop_class=spec.dicom.sop_class,
+        transfer_syntax=spec.dicom.transfer_syntax,
+        hu_range=spec.dicom.hu_range,
     )
 
 
+def instance_path(spec: PlanSpec, image_id: str, layout: Literal["flat", "study"]) -> str:
+    """The name of an image's DICOM file: its UID, below folders of patient, study and series where they are wanted."""
+    study, series, instance = (instance_uid(spec.digest, image_id, kind) for kind in ("study", "series", "instance"))
+    return f"{instance}.dcm" if layout == "flat" else f"SYN-{image_id}/{study}/{series}/{instance}.dcm"
+
+
 def stored_row(dataset: Artefact, spec: PlanSpec, image_id: str) -> dict[str, Any]:
-    """The row of one image, image bytes and all. RecipeError naming the range of ids where there is none."""
+    """The row of one image, image bytes and all.
+
+    RecipeError naming the range of ids where there is none, or saying that no attempt at it passed.
+    """
     try:
         index = int(image_id[8:], 16)
     except ValueError:
@@ -129,8 +186,10 @@ def stored_row(dataset: Artefact, spec: PlanSpec, image_id: str) -> dict[str, An
     name = f"{IMAGES}/shard-{index // spec.images_per_shard:06d}-"
     entry = next(file for file in dataset.files(IMAGES) if file.path.startswith(name))
     rows = read_parquet(dataset.store, entry)
-    row: dict[str, Any] = rows.slice(index % spec.images_per_shard, 1).to_pylist()[0]
-    return row
+    found: list[dict[str, Any]] = rows.filter(pc.equal(rows["index"], index)).to_pylist()
+    if not found:
+        raise RecipeError(f"{dataset.uri}: image {image_id} is not in it: no attempt at it passed the quality checks")
+    return found[0]
 
 
 def rows_to_bytes(rows: pa.Table) -> bytes:
@@ -146,32 +205,93 @@ def rows_from_bytes(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
 
 
-def _dicom_tar(spec: PlanSpec, rows: pa.Table, pixels: Pixels) -> tuple[bytes, list[Place]]:
-    members = [
-        (f"{row['id']}.dcm", render(image, describe_instance(spec, row["id"], spec.attributes.from_row(row))))
-        for row, image in zip(rows.to_pylist(), pixels, strict=True)
-    ]
-    tar, places = tar_bytes(members)
+def _dicom_tar(
+    spec: PlanSpec, told: Sequence[Mapping[str, Any]], pixels: Pixels, pool: ThreadPoolExecutor
+) -> tuple[bytes, list[Place]]:
+    def content(row: Mapping[str, Any], image: Pixels) -> tuple[bytes | memoryview, ...]:
+        return pieces(image, describe_instance(spec, row["id"], spec.attributes.from_row(row)))
+
+    # Native files are made in the interpreter, which threads would only pass to and fro.
+    made = (map if spec.dicom.transfer_syntax == "native" else pool.map)(content, told, pixels)
+    names = [instance_path(spec, row["id"], spec.dicom.layout) for row in told]
+    tar, places = tar_bytes(list(zip(names, made, strict=True)))
     return tar, list(places)
 
 
 def _table(
-    spec: PlanSpec, rows: pa.Table, pixels: Pixels, dicom_shard: str | None, places: Sequence[Place]
+    spec: PlanSpec,
+    rows: pa.Table,
+    pixels: Pixels,
+    images: Sequence[bytes],
+    attempts: Sequence[int],
+    dicom_shard: str | None,
+    places: Sequence[Place],
 ) -> pa.Table:
     ids = rows["id"].to_pylist()
-    schema = dataset_schema(spec.attributes)
+    schema = dataset_schema(spec.attributes, spec.image_format)
     same = {
         "width": pixels.shape[2], "height": pixels.shape[1], "bits_stored": spec.bits_stored,
         "spacing_mm": spec.spacing_mm, "seed": spec.seed, "solver": spec.solver, "steps": spec.steps,
         "guidance_scale": spec.guidance_scale, "generator": spec.generator, "dicom_shard": dicom_shard,
     }  # fmt: skip
     own = {
-        "image": [{"bytes": png_bytes(p), "path": f"{i}.png"} for i, p in zip(ids, pixels, strict=True)],
+        "attempt": attempts,
         "sop_instance_uid": [instance_uid(spec.digest, image_id, "instance") for image_id in ids],
         "dicom_offset": [place and place[0] for place in places],
         "dicom_length": [place and place[1] for place in places],
     }
+    paths = [f"{image_id}.{SUFFIXES[spec.image_format]}" for image_id in ids]
     columns = {name: pa.repeat(pa.scalar(value, schema.field(name).type), len(ids)) for name, value in same.items()}
     columns |= {name: pa.array(values, schema.field(name).type) for name, values in own.items()}
     columns |= {name: rows[name] for name in ("id", "index", *spec.attributes.names)}
+    columns["image"] = pa.StructArray.from_arrays([pa.array(images, pa.binary()), pa.array(paths, pa.string())], fields=list(IMAGE))
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _webdataset_members(
+    spec: PlanSpec, table: pa.Table, images: Sequence[bytes], pixels: Pixels
+) -> list[tuple[str, bytes]]:
+    """Per image `<id>.<suffix>` and `<id>.json` with its row: readers join what precedes the first dot."""
+    labels = table.drop_columns(["image", "dicom_shard", "dicom_offset", "dicom_length"]).to_pylist()
+    members = []
+    for label, image, array in zip(labels, images, pixels, strict=True):
+        told = label | {"plan": spec.digest, "synthetic": True}
+        if spec.image_format == "raw":
+            # Readers of a tar have no row that tells the shape.
+            image, suffix = _npy(array), "npy"
+        else:
+            suffix = SUFFIXES[spec.image_format]
+        members += [
+            (f"{label['id']}.{suffix}", image),
+            (f"{label['id']}.json", json.dumps(told, sort_keys=True, ensure_ascii=False).encode()),
+        ]
+    return members
+
+
+def _npy(pixels: Pixels) -> bytes:
+    sink = io.BytesIO()
+    np.save(sink, pixels.astype(pixels.dtype.newbyteorder("<"), copy=False), allow_pickle=False)
+    return sink.getvalue()
+
+
+def _reject_counts(planned: pa.Table, rejects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rejects by reason, and by cell the rejected draws and the images that are not in the dataset."""
+    place = {index: n for n, index in enumerate(planned["index"].to_pylist())}
+    lost = [place[reject["index"]] for reject in rejects if reject["reason"] == INFEASIBLE]
+    drawn = [place[reject["index"]] for reject in rejects if reject["reason"] != INFEASIBLE]
+    return {
+        "rejects": dict(sorted(Counter(reject["reason"] for reject in rejects).items())),
+        "rejected": cell_counts(planned.take(pa.array(drawn, pa.int64()))),
+        "infeasible": cell_counts(planned.take(pa.array(lost, pa.int64()))),
+    }
+
+
+def _rejects_part(spec: PlanSpec, planned: pa.Table, rejects: Sequence[Mapping[str, Any]]) -> ShardPart:
+    told = {row["index"]: row for row in planned.select(["index", "id", *spec.attributes.names]).to_pylist()}
+    rows = [
+        told[reject["index"]]
+        | {"attempt": reject["attempt"], "reason": reject["reason"], "figures": list(reject["figures"].items())}
+        for reject in rejects
+    ]
+    table = pa.Table.from_pylist(rows, schema=rejects_schema(spec.attributes))
+    return ShardPart(REJECTS, REJECTS, "parquet", parquet_bytes(table), len(rows))

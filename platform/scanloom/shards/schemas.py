@@ -15,9 +15,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from scanloom.attributes import AttributeSchema
+from scanloom.recipe_generate import ImageFormat
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-"""An encoded image (PNG, lossless, 8 or 16 bit grey) and the file name it would have."""
+"""An encoded image (lossless, 8 or 16 bit grey) and the file name it would have, which tells its format."""
 
 _IMAGE_FEATURE = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()}
 _PIXELS = [
@@ -110,10 +111,12 @@ def flattened(values: NDArray[np.float16]) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), size)
 
 
-def dataset_schema(attributes: AttributeSchema) -> pa.Schema:
+def dataset_schema(attributes: AttributeSchema, image_format: ImageFormat = "png") -> pa.Schema:
     """One row a synthetic image: what was asked for, how it was made, and where its DICOM object lies.
 
-    `dicom_offset` and `dicom_length` in bytes within `dicom_shard`, a key relative to the dataset; null without DICOM.
+    `attempt`: how often the image had been drawn and rejected before. `dicom_offset` and `dicom_length` in bytes within
+    `dicom_shard`, a key relative to the dataset; null without DICOM. Only a PNG is declared as an image: what others
+    open by themselves.
     """
     columns = [
         pa.field("id", pa.string()),
@@ -121,6 +124,7 @@ def dataset_schema(attributes: AttributeSchema) -> pa.Schema:
         *_PIXELS,
         *attributes.arrow_fields(),
         pa.field("seed", pa.int64()),
+        pa.field("attempt", pa.int16()),
         pa.field("solver", pa.string()),
         pa.field("steps", pa.int32()),
         pa.field("guidance_scale", pa.float32()),
@@ -130,7 +134,23 @@ def dataset_schema(attributes: AttributeSchema) -> pa.Schema:
         pa.field("dicom_offset", pa.int64()),
         pa.field("dicom_length", pa.int64()),
     ]
-    return pa.schema(columns, metadata=_IMAGE_FEATURE)
+    return pa.schema(columns, metadata=_IMAGE_FEATURE if image_format == "png" else None)
+
+
+def rejects_schema(attributes: AttributeSchema) -> pa.Schema:
+    """One row a draw that did not enter the dataset, with its reason and the figures it was judged by.
+
+    Reason `infeasible` is of an image, not of a draw: none of its `attempt` draws entered, and the dataset lacks it.
+    """
+    columns = [
+        pa.field("id", pa.string()),
+        pa.field("index", pa.int64()),
+        pa.field("attempt", pa.int16()),
+        pa.field("reason", pa.string()),
+        pa.field("figures", pa.map_(pa.string(), pa.float64())),
+        *attributes.arrow_fields(),
+    ]
+    return pa.schema(columns)
 
 
 def _flattened(name: str, shape: tuple[int, ...]) -> pa.Field:
