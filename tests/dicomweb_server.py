@@ -1,4 +1,4 @@
-"""A small DICOMweb server on loopback: QIDO-RS with paging, WADO-RS multipart, and the faults of real ones."""
+"""A small DICOMweb server on loopback: QIDO-RS with paging, WADO-RS multipart, STOW-RS, and the faults of real ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -20,7 +21,19 @@ import pydicom
 from pydicom.datadict import tag_for_keyword
 
 Fault = Literal[
-    "503", "500", "429", "404", "401", "reset", "truncate", "stall", "drip", "no-boundary", "html", "cut-json"
+    "503",
+    "500",
+    "429",
+    "404",
+    "401",
+    "reset",
+    "truncate",
+    "stall",
+    "drip",
+    "no-boundary",
+    "html",
+    "cut-json",
+    "lost-ack",
 ]
 ROOT = "/dicom-web"
 _BOUNDARY = "a-boundary"
@@ -39,6 +52,16 @@ class DicomWebServer:
         """Send an instance as application/dicom, without multipart, as some servers do."""
         self.redirect = ""
         """Where every request is sent on to."""
+        self.refusals: dict[str, list[int]] = {}
+        """SOP instance UID -> the Failure Reasons of its next attempts to be stored, one each."""
+        self.warnings: dict[str, int] = {}
+        """SOP instance UID -> the Warning Reason with which it is stored."""
+        self.largest_request = 1 << 30
+        """In bytes; a longer one is answered 413."""
+        self.lists_stored = True
+        """Whether an answer lists what was stored, beside what was not."""
+        self.arrivals: list[tuple[str, ...]] = []
+        """Of each request to store that was carried out, the instances in it."""
         self.requests: list[tuple[str, Mapping[str, str]]] = []
         self._faults: list[list[Any]] = []
         self._lock = threading.Lock()
@@ -104,6 +127,35 @@ class DicomWebServer:
         found = self._files.get(path.rpartition("/")[2])
         return found[1] if found else None
 
+    def store(self, content_type: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Keep the DICOM files of a multipart body (PS3.18 10.5); status and Store Instances Response Module."""
+        parts = _parts(content_type, body)
+        referenced, failed = [], []
+        with self._lock:
+            self.arrivals.append(tuple(str(_parsed(part).SOPInstanceUID) for part in parts))
+            for part in parts:
+                dataset = pydicom.dcmread(io.BytesIO(part))
+                uid = str(dataset.SOPInstanceUID)
+                item = {tag: {"vr": "UI", "Value": [str(dataset[tag].value)]} for tag in ("00080016", "00080018")}
+                item = {"00081150": item["00080016"], "00081155": item["00080018"]}
+                if self.refusals.get(uid):
+                    failed.append(item | {"00081197": {"vr": "US", "Value": [self.refusals[uid].pop(0)]}})
+                    continue
+                self._files[uid] = (_parsed(part), part)
+                if uid in self.warnings:
+                    item["00081196"] = {"vr": "US", "Value": [self.warnings[uid]]}
+                referenced.append(item)
+        status = (
+            409 if failed and not referenced else 202 if failed or any("00081196" in i for i in referenced) else 200
+        )
+        told = {"00081198": {"vr": "SQ", "Value": failed}} if failed else {}
+        return status, told | ({"00081199": {"vr": "SQ", "Value": referenced}} if self.lists_stored else {})
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """SOP instance UID -> the file as it was stored."""
+        return {uid: data for uid, (_, data) in self._files.items()}
+
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
 
@@ -121,11 +173,7 @@ class DicomWebServer:
                     return
                 fault = server.fault(self.path)
                 if fault == "reset":
-                    linger = struct.pack("ii", 1, 0)
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                    # Beside the files over it, whose references would keep it open.
-                    socket.close(self.connection.detach())
-                    self.close_connection = True
+                    self._reset()
                 elif fault == "stall":
                     self.connection.settimeout(5)
                     self.rfile.read(1)  # until the other side gives up
@@ -135,6 +183,32 @@ class DicomWebServer:
                     self._send(200, "text/html", b"<html>Please log in</html>")
                 else:
                     self._answer(fault)
+
+            def do_POST(self) -> None:
+                server.requests.append((self.path, dict(self.headers.items())))
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                fault = server.fault(self.path)
+                if fault in ("503", "500", "429", "404", "401"):
+                    self._send(int(fault), "text/plain", b"PHITEST said no", {"Retry-After": "0"})
+                elif len(body) > server.largest_request:
+                    self._send(413, "text/plain", b"")
+                elif self.path != f"{ROOT}/studies":
+                    self._send(404, "text/plain", b"")
+                elif fault == "reset":
+                    self._reset()
+                else:
+                    status, told = server.store(self.headers["Content-Type"], body)
+                    if fault == "lost-ack":
+                        self._reset()
+                        return
+                    self._send(status, "application/dicom+json", json.dumps(told).encode(), fault=fault)
+
+            def _reset(self) -> None:
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                # Beside the files over it, whose references would keep it open.
+                socket.close(self.connection.detach())
+                self.close_connection = True
 
             def _answer(self, fault: Fault | None) -> None:
                 parts = urlsplit(self.path.removeprefix(ROOT))
@@ -187,6 +261,27 @@ class DicomWebServer:
                     self.wfile.write(body)
 
         return Handler
+
+
+def _parts(content_type: str, body: bytes) -> list[bytes]:
+    """The parts of a multipart/related body of DICOM files (RFC 2046 5.1.1), strictly."""
+    message = Message()
+    message["Content-Type"] = content_type
+    boundary = message.get_boundary()
+    if message.get_content_type() != "multipart/related" or message.get_param("type") != "application/dicom":
+        raise ValueError(f"{content_type}: is no multipart/related of DICOM files")
+    if boundary is None or not re.fullmatch(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]", boundary):
+        raise ValueError(f"{boundary!r}: is no boundary")
+    first, *rest = (b"\r\n" + body).split(b"\r\n--" + boundary.encode())
+    if first or rest.pop() != b"--\r\n":
+        raise ValueError("the body does not begin and end with its boundary")
+    parts = []
+    for part in rest:
+        head, blank, content = part.partition(b"\r\n\r\n")
+        if head.strip() != b"Content-Type: application/dicom" or not blank:
+            raise ValueError(f"{head!r}: is no head of a DICOM part")
+        parts.append(content)
+    return parts
 
 
 def _parsed(data: bytes) -> pydicom.Dataset:
