@@ -88,6 +88,8 @@ class Run:
         self.vae: AutoencoderKL = load_autoencoder(scratch / "autoencoder" / "vae", job.autoencoder_uri)
         self.batches, self.held_out = self._batches("train"), self._batches("validation")
         denoiser = initial_denoiser(job.recipe.denoiser, job.card, job.seed, self.start)
+        self.weights = sum(parameter.numel() for parameter in denoiser.parameters())
+        self.trained = sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad)
         self.meter = self._meter(denoiser)
         with ExitStack() as stack:
             checkpoint = ray.train.get_checkpoint()
@@ -224,8 +226,12 @@ class Run:
         self.journal.close()
         self.journal.folder.rename(folder)
         recipe = self.recipe
+        inputs = open_artefact(self.job.latents_uri, "latents").manifest.inputs
+        corpora = [entry.digest[:12] for entry in inputs if entry.role == "corpus"]
         facts = {
             "Generator": f"{self.job.card.name} ({self.job.card.family})",
+            "Trained weights": f"{self.trained / 1e6:.1f} of {self.weights / 1e6:.1f} million",
+            "Corpus": ", ".join(corpora),
             "Training scans": str(len(self.batches.latents)),
             "Held-out scans": str(len(self.held_out.latents)),
             "Objective": recipe.objective,
