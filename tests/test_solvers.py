@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.models.noise_schedule import NoiseSchedule, PredictionType
+from scanloom.models.noise_schedule import NoiseSchedule, PredictionType, noise_schedule
 from scanloom.sampling.solvers import SolverName, advance, trailing_timesteps, trajectory
 
 MEAN, SPREAD = 0.7, 0.35
@@ -31,7 +36,7 @@ def cosine(schedule: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     return at
 
 
-def network(latents: torch.Tensor, timesteps: torch.Tensor | int) -> torch.Tensor:
+def network(latents: torch.Tensor, timesteps: torch.Tensor | float) -> torch.Tensor:
     """Anything smooth that depends on latent and time."""
     time = torch.as_tensor(timesteps, dtype=latents.dtype).reshape(-1, *(1,) * (latents.dim() - 1)) / 1000
     return torch.sin(2.0 * latents) * (0.3 + time) + 0.5 * latents.roll(1, -1) * torch.cos(3.0 * time)
@@ -144,6 +149,77 @@ def test_dpmpp_2m_equals_diffusers(kind: PredictionType, steps: int) -> None:
     assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 if kind == "epsilon" else 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 50])
+def test_euler_equals_diffusers(kind: PredictionType, steps: int) -> None:
+    """Theirs walks in x / alpha over sigma / alpha, where the noise explodes; ours stays where the variance does."""
+    scheduler = EulerDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=kind,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
+    start = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(4))
+    schedule = scheduler.alphas_cumprod.double().numpy()
+    ours = solve("euler", schedule, kind, steps, start)
+    scheduler.set_timesteps(steps)
+    latents: torch.Tensor = start / math.sqrt(schedule[-1])
+    for timestep in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(latents, timestep), int(timestep))
+        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+    assert torch.allclose(ours, latents, rtol=1e-3, atol=2e-3 if kind == "epsilon" else 2e-4)
+
+
+def flow() -> NoiseSchedule:
+    return noise_schedule("flow")
+
+
+def solve_flow(solver: SolverName, steps: int, start: torch.Tensor) -> torch.Tensor:
+    plan = trajectory(solver, flow(), steps)
+    latents, predicted = start, torch.zeros_like(start)
+    for timestep, row in zip(plan.timesteps, plan.coefficients, strict=True):
+        rows = torch.from_numpy(np.repeat(row[None], len(start), axis=0))
+        latents, predicted = advance(latents, network(latents, int(timestep) + 1), predicted, rows)
+    return latents
+
+
+@pytest.mark.parametrize("solver", ["euler", "ddim"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 50])
+def test_euler_on_a_flow_equals_diffusers(solver: SolverName, steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
+    start = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    latents: torch.Tensor = start
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(network(latents, timestep), timestep, latents, return_dict=False)[0]
+    assert torch.allclose(solve_flow(solver, steps, start), latents, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 50])
+def test_dpmpp_2m_on_a_flow_equals_diffusers(steps: int) -> None:
+    scheduler: Any = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=1.0,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+    )
+    start = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(6))
+    scheduler.set_timesteps(steps)
+    # The scheduler's own spacing of a flow is another one, and it takes sigmas from nobody.
+    sigmas = np.linspace(1.0, 1.0 / steps, steps)
+    scheduler.sigmas = torch.tensor([*sigmas, 0.0])
+    scheduler.timesteps = torch.from_numpy(np.round(1000 * sigmas))
+    latents: torch.Tensor = start
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(network(latents, float(timestep)), timestep, latents, return_dict=False)[0]
+    assert torch.allclose(solve_flow("dpmpp-2m", steps, start), latents, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("solver, order", [("ddim", 1.0), ("dpmpp-2m", 2.0)])
 def test_error_on_gaussian_data_falls_with_the_solvers_order(solver: SolverName, order: float) -> None:
     errors = [error_on_gaussian_data(solver, steps) for steps in (20, 40, 80, 160)]
@@ -176,7 +252,8 @@ def test_images_at_other_places_of_other_trajectories_do_not_disturb_each_other(
 
 
 def test_coefficients_are_finite_at_zero_terminal_snr_for_every_step_count() -> None:
-    for solver in ("ddim", "dpmpp-2m"):
+    solvers: tuple[SolverName, ...] = ("ddim", "euler", "dpmpp-2m")
+    for solver in solvers:
         for steps in (1, 2, 3, 999, 1000):
             assert np.isfinite(trajectory(solver, of(cosine(1000), "v_prediction"), steps).coefficients).all()
 

@@ -35,6 +35,11 @@ class GeneratorCard(BaseModel):
     """Median pixel spacing of the corpus after resizing."""
     trained_steps: int
 
+    @property
+    def factor(self) -> int:
+        """What the autoencoder divides an image's sides by."""
+        return self.image_shape[1] // self.latent_shape[1]
+
     @model_validator(mode="after")
     def _says_how_it_is_conditioned(self) -> Self:
         needed = "condition_dim" if self.family == "attribute-unet" else "prompt"

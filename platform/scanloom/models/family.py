@@ -85,7 +85,7 @@ def read_denoiser(folder: Path, card: GeneratorCard, where: str | None = None) -
     where = where or str(folder)
     try:
         if card.family != "attribute-unet":
-            return TEXT_DENOISERS[card.family].read(folder, card.image_shape)
+            return TEXT_DENOISERS[card.family].read(folder, card.factor)
         conditioner = AttributeConditioner(card.attributes, card.condition_dim or 0)
         conditioner.load_state_dict(load_file(folder / "conditioner" / "conditioner.safetensors"))
         return AttributeDenoiser(
@@ -153,7 +153,7 @@ def _pretrained(config: TextSection, card: GeneratorCard, seed: int, start: Path
         raise ArtefactError(f"{config.weights}: is of family {family}, this recipe trains {card.family}")
     require_complete(start, config.weights)
     try:
-        denoiser = TEXT_DENOISERS[family].read(start, card.image_shape)
+        denoiser = TEXT_DENOISERS[family].read(start, card.factor)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise unreadable(start, config.weights, error) from error
     channels = denoiser.network.config.in_channels

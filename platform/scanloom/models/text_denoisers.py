@@ -33,20 +33,19 @@ class TextDenoiser(nn.Module):
     attention: ClassVar[Sequence[str]] = ATTENTION
     """Ends of the names of the projections that LoRA adapts unless told otherwise."""
 
-    def __init__(
-        self, network: UNet2DConditionModel | SD3Transformer2DModel, image_shape: tuple[int, int, int]
-    ) -> None:
+    def __init__(self, network: UNet2DConditionModel | SD3Transformer2DModel, factor: int) -> None:
+        """`factor` is what the autoencoder divides an image's sides by."""
         super().__init__()
         self.network = network
-        self.image_shape = image_shape
+        self.factor = factor
 
     @classmethod
-    def read(cls, folder: Path, image_shape: tuple[int, int, int]) -> TextDenoiser:
+    def read(cls, folder: Path, factor: int) -> TextDenoiser:
         """The denoiser of a pipeline's folder, float32. OSError or ValueError where it cannot be read."""
         network = cls.network_class.from_pretrained(
             folder / cls.part, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
         )
-        return cls(network, image_shape)
+        return cls(network, factor)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep the activations of fewer layers and compute the others again in the backward pass."""
@@ -104,7 +103,7 @@ class StableDiffusionXLDenoiser(TextDenoiser):
 
     def forward(self, latents_BCHW: Tensor, timesteps_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """The prediction [B, C, H, W] under `tokens` [B, L, D] and `pooled` [B, P]."""
-        _, height, width = self.image_shape
+        height, width = (self.factor * side for side in latents_BCHW.shape[2:])
         # Original size, corner of the crop, size asked for: the scan is whole.
         size = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents_BCHW.device)
         dtype = latents_BCHW.dtype
