@@ -26,7 +26,7 @@ from scanloom.training.given_weights import put_autoencoder
 from scanloom.training.prompt_encoding import PromptEncoder
 from scanloom.training.reconstruction import AutoencoderJob, plan_autoencoder, train_autoencoder
 from scanloom.training.reports import following
-from scanloom.training.runs import forget, run_config
+from scanloom.training.runs import forget, outcome, run_config
 
 # A driver that tracks more tasks than this spends its time on them; shards then share a task.
 MOST_TASKS = 2000
@@ -90,7 +90,7 @@ def _train(recipe: Recipe, corpus: Artefact, runs: Store, name: str) -> dict[str
             ),
             run_config=run_config(runs, name, max_failures=section.max_failures, keep_checkpoints=1, reports=reports),
         )  # fmt: skip
-        return dict(interruptible(trainer.fit).metrics or {})
+        return outcome(interruptible(trainer.fit))
 
 
 def _latents(recipe: Recipe, corpus: Artefact, autoencoder: Artefact) -> Artefact:

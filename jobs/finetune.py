@@ -16,7 +16,7 @@ from jobs.cluster import connected, interruptible, require_room, run_recipe
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, lineage, open_artefact, plan_digest, publish
 from scanloom.attributes import AttributeSchema, Envelope
-from scanloom.errors import ArtefactError, RecipeError
+from scanloom.errors import ArtefactError
 from scanloom.models.card import GeneratorCard, conditioning
 from scanloom.models.generator import read_latent_shape, require_continuable
 from scanloom.recipe import Finetune, Recipe
@@ -25,7 +25,7 @@ from scanloom.shards.reader import parquet_paths
 from scanloom.store import Store
 from scanloom.training.loop import FinetuneJob, train_denoiser
 from scanloom.training.reports import following
-from scanloom.training.runs import forget, run_config, run_name
+from scanloom.training.runs import forget, outcome, run_config, run_name
 
 # Where a step runs does not change what it makes.
 PLACE = {
@@ -132,11 +132,7 @@ def _train(section: Finetune, job: FinetuneJob, latents: Artefact, runs: Store, 
                 reports=reports,
             ),
         )  # fmt: skip
-        result: Any = interruptible(trainer.fit)
-    made: dict[str, Any] = result.return_value or {}
-    if refused := made.get("refused"):
-        raise RecipeError(refused)
-    return made
+        return outcome(interruptible(trainer.fit))
 
 
 if __name__ == "__main__":

@@ -110,15 +110,21 @@ class State:
         return vae
 
 
-def train_autoencoder(config: dict[str, Any]) -> None:
+def train_autoencoder(config: dict[str, Any]) -> dict[str, Any]:
     """Train an autoencoder and write it, in diffusers layout under `vae/`, into the store.
 
-    `config` is an AutoencoderJob as a dict; the Ray Train datasets `train` and `validation` hold corpus rows. The
-    last report carries the written files as `files`, with `reconstruction_error` of held-out scans, and what it was
-    of given weights under names with `start_` before them. Raises RecipeError when the loss, the error or a weight is
-    no longer finite, before a checkpoint is overwritten.
+    `config` is an AutoencoderJob as a dict; the Ray Train datasets `train` and `validation` hold corpus rows. Returns
+    the last metrics, with `reconstruction_error` of held-out scans, what it was of given weights under names with
+    `start_` before them, and from worker 0 the written files as `files`; or as `refused` that the loss, the error or
+    a weight is no longer finite, before a checkpoint is overwritten.
     """
-    job = AutoencoderJob.model_validate(config)
+    try:
+        return _train(AutoencoderJob.model_validate(config))
+    except RecipeError as error:
+        return {"refused": str(error)}
+
+
+def _train(job: AutoencoderJob) -> dict[str, Any]:
     recipe = job.recipe
     torch.set_num_threads(recipe.cpus_per_worker)
     device = ray.train.torch.get_device()
@@ -146,13 +152,11 @@ def train_autoencoder(config: dict[str, Any]) -> None:
         if saving:
             metrics |= reconstruction_error(state.vae, held_out)
             _require_finite(metrics, state, recipe)
-        if saving and state.step < recipe.steps:
             _report_checkpoint(state, metrics, rank)
-        elif not saving:
+        else:
             ray.train.report(metrics)
     # Also where a resumed run finds all its steps done: what it had written may be gone.
-    files = [entry.model_dump() for entry in _release(job, state, scans, rank)]
-    _report_checkpoint(state, metrics | {"files": files}, rank)
+    return metrics | {"files": [entry.model_dump() for entry in _release(job, state, scans, rank)]}
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 
+from scanloom.errors import RecipeError
 from scanloom.store import Store
 
 # Ray's default is to try for ever, silently, where workers cannot be placed.
@@ -29,6 +30,18 @@ def run_config(runs: Store, name: str, *, max_failures: int, keep_checkpoints: i
         checkpoint_config=CheckpointConfig(num_to_keep=keep_checkpoints),
         callbacks=[reports],
     )
+
+
+def outcome(result: Any) -> dict[str, Any]:
+    """What the training function of worker 0 returned.
+
+    Raises RecipeError where that is why the recipe cannot be trained, as `refused`: returned and not raised by the
+    worker, because Ray Train would try again what another attempt does not change.
+    """
+    made: dict[str, Any] = result.return_value or {}
+    if refused := made.get("refused"):
+        raise RecipeError(refused)
+    return made
 
 
 def forget(runs: Store, name: str) -> None:
