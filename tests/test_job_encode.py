@@ -16,7 +16,6 @@ from diffusers import AutoencoderKL
 
 from jobs.encode import encode
 from scanloom.artefact import Artefact, open_artefact, verify
-from scanloom.console import root_cause
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models.prompts import prompt
 from scanloom.recipe import Recipe, parse_recipe
