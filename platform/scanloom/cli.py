@@ -78,6 +78,29 @@ def finetune(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides 
     _run_recipe("finetune", context, recipe, overrides)
 
 
+@app.command()
+def plan(
+    recipe: _RecipeFile,
+    overrides: _Overrides = None,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-9, metavar="IMAGES_PER_S", help="What one engine makes in a second.")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="Take rate and size from this dataset's manifest.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """What `generate` would make: images by cell, time, cost, storage. Reads manifests alone and starts nothing."""
+    from scanloom.estimate import estimate, report
+
+    found = estimate(load_recipe(recipe, overrides or ()), rate, like)
+    if as_json:
+        print(found.model_dump_json(indent=2))  # noqa: T201
+        return
+    for title, columns, rows in report(found):
+        console.result_table(title, columns, rows)
+
+
 @app.command(context_settings=_PASSED_ON)
 def generate(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Generator -> synthetic dataset, as Parquet and DICOM shards."""

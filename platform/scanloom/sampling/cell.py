@@ -95,7 +95,7 @@ def shown(values: Mapping[str, Wanted]) -> str:
 def shown_value(value: Wanted) -> str:
     """One value, spelled as `parse_value` reads it."""
     if isinstance(value, Span):
-        return f"{value.low:g}-{value.high:g}"
+        return f"{value.low:g}-{value.high:g}" if value.low < value.high else f"{value.low:g}"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple):

@@ -17,7 +17,7 @@ from scanloom.recipe import AsCorpusCohort, CellsCohort, Cohort, MarginalsCohort
 from scanloom.recipe_cohort import BalancedCohort, TableCohort
 from scanloom.sampling.cell import Cell, CohortTables, clipped, parse_cell, require_within, shown
 from scanloom.sampling.cohort_file import read_cells
-from scanloom.sampling.corpus_table import CorpusTable, Unseen
+from scanloom.sampling.corpus_table import CorpusTable, Coverage
 from scanloom.sampling.grouped import balanced, raised
 from scanloom.sampling.marginals import marginal_tables
 
@@ -27,7 +27,7 @@ class Resolved:
     """A recipe's cohort as tables, how much of it the corpus never had, and what a person should be told of it."""
 
     tables: CohortTables
-    unseen: Unseen
+    coverage: Coverage
     told: tuple[str, ...]
 
 
@@ -53,12 +53,15 @@ def resolve(
             require_within(cell, envelope)
     if not tables:
         raise RecipeError("generate.cohort: no marginals; name at least one attribute")
-    unseen = _unseen(cohort, tables, corpus)
-    if unseen.share:
-        told = (*told, _sentence(unseen, corpus, images))
-        if not isinstance(cohort, AsCorpusCohort) and cohort.unseen == "refuse":
+    coverage = corpus.coverage(tables)
+    if isinstance(cohort, AsCorpusCohort):
+        coverage = coverage.all_seen()
+    if coverage.unseen:
+        told = (*told, _sentence(coverage, corpus, images))
+        # A balanced cohort has refused or left out what is unseen as a whole.
+        if not isinstance(cohort, AsCorpusCohort | BalancedCohort) and cohort.unseen == "refuse":
             raise ArtefactError(f"generate.cohort: {told[-1]}; ask for what it has, or set unseen: allow")
-    return Resolved(CohortTables(tables=tuple(tuple(table) for table in tables)), unseen, told)
+    return Resolved(CohortTables(tables=tuple(tuple(table) for table in tables)), coverage, told)
 
 
 def _tables(
@@ -76,15 +79,9 @@ def _tables(
     return [raised(cohort, schema, corpus, images) if cohort.least_share else list(corpus.cells)], ()
 
 
-def _unseen(cohort: Cohort, tables: Sequence[Sequence[Cell]], corpus: CorpusTable) -> Unseen:
-    if isinstance(cohort, AsCorpusCohort):
-        return Unseen(0.0, tuple(tuple(0.0 for _ in table) for table in tables), {})
-    return corpus.unseen(tables)
-
-
-def _sentence(unseen: Unseen, corpus: CorpusTable, images: int) -> str:
-    about = f"about {unseen.share * images:.0f}" if unseen.share * images >= 0.5 else "less than one"
+def _sentence(coverage: Coverage, corpus: CorpusTable, images: int) -> str:
+    about = f"about {coverage.unseen * images:.0f}" if coverage.unseen * images >= 0.5 else "less than one"
     return (
         f"{about} of {images} images are of combinations that none of the corpus's {corpus.scans} scans has, such as "
-        f"{shown(unseen.example)}"
+        f"{shown(coverage.example)}"
     )

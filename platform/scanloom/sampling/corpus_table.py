@@ -15,22 +15,33 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from scanloom.sampling.cell import Cell, Span, Wanted
+from scanloom.sampling.cell import Cell, Span, Wanted, split
 
 Values = tuple[Wanted, ...]
 Weighted = tuple[Cell, float]
+# What floating point leaves of nothing.
+_NOTHING = 1e-9
 
 
 @dataclass(frozen=True)
-class Unseen:
-    """How much of a cohort asks for combinations that no scan of the corpus has."""
+class Coverage:
+    """How much of a cohort the corpus has: combinations that no scan has are unseen."""
 
-    share: float
-    """Of the images, as expected before numbers are drawn."""
-    by_cell: tuple[tuple[float, ...], ...]
+    unseen: float
+    """Share of the images, as expected before numbers are drawn."""
+    unseen_by_cell: tuple[tuple[float, ...], ...]
     """Per table and cell, of the images of that cell."""
+    scans: tuple[tuple[float, ...], ...]
+    """Per table and cell, about how many scans have its values."""
     example: Mapping[str, Wanted]
-    """A combination that none, or only a part, of was seen; empty where all was."""
+    """A combination of which none, or only a part, was seen; empty where all was."""
+
+    def all_seen(self) -> Coverage:
+        """The same, of a cohort that asks for what the corpus has by its nature.
+
+        Its spans end where the next bin begins, which by itself would count as asking for that too.
+        """
+        return Coverage(0.0, tuple(tuple(0.0 for _ in cells) for cells in self.unseen_by_cell), self.scans, {})
 
 
 class CorpusTable:
@@ -43,6 +54,7 @@ class CorpusTable:
             for name, value in cell.values.items():
                 if isinstance(value, Span):
                     self._low_ends[name].add(value.low)
+        self._by_values: dict[tuple[str, ...], dict[Values, list[Cell]]] = {}
         self._projected: dict[tuple[str, ...], tuple[Values, ...]] = {}
 
     @property
@@ -55,19 +67,22 @@ class CorpusTable:
 
     def having(self, wanted: Mapping[str, Wanted]) -> list[tuple[Cell, float]]:
         """The cells that have these values, and about how many of their scans: those of a bin by the part of it."""
+        known = {name: value for name, value in wanted.items() if value is not None}
         found = []
-        for cell in self.cells:
-            scans = cell.share
-            for name, value in wanted.items():
-                if value is not None and scans:
-                    scans *= self._overlap(name, value, cell.values.get(name))[1]
-            if scans:
+        for cell in self._indexed(tuple(known)).get(_discrete(tuple(known.values())), ()):
+            parts = (self._overlap(name, value, cell.values.get(name))[1] for name, value in known.items())
+            if scans := cell.share * math.prod(parts):
                 found.append((cell, scans))
         return found
 
     def scans_in(self, wanted: Mapping[str, Wanted]) -> float:
         """About how many scans have these values."""
         return math.fsum(scans for _, scans in self.having(wanted))
+
+    def trimmed(self, cell: Cell) -> Cell:
+        """The cell with its spans ending before the next bin begins."""
+        values = {n: split(v, self.edges(n))[0] if isinstance(v, Span) else v for n, v in cell.values.items()}
+        return Cell(values=values, share=cell.share)
 
     def crosstab(self, axes: Sequence[Sequence[Cell]]) -> NDArray[np.float64]:
         """Scans per combination of one cell of each axis (cells of one attribute), [len(axis), ...].
@@ -89,23 +104,22 @@ class CorpusTable:
                 table[tuple(place for place, _ in chosen)] += cell.share * math.prod(part for _, part in chosen)
         return table
 
-    def unseen(self, tables: Sequence[Sequence[Cell]]) -> Unseen:
-        """How much of a cohort of independent tables the corpus never had, and an example of it.
+    def coverage(self, tables: Sequence[Sequence[Cell]]) -> Coverage:
+        """How much of a cohort of independent tables the corpus has.
 
         Unknown attributes of a cell ask for nothing. Labels are compared as sets, not one by one.
         """
         weighted = [_normalised(table) for table in tables]
         seen = self._seen(weighted)
+        scans = tuple(tuple(self.scans_in(cell.values) for cell in table) for table in tables)
+        unseen = max(0.0, 1.0 - math.fsum(seen[0]))
+        if unseen < _NOTHING:
+            return Coverage(0.0, tuple(tuple(0.0 for _ in table) for table in tables), scans, {})
         by_cell = tuple(
-            tuple(
-                max(0.0, 1.0 - part / weight) if weight else 0.0 for part, (_, weight) in zip(parts, table, strict=True)
-            )
-            for parts, table in zip(seen, weighted, strict=True)
+            tuple(max(0.0, 1.0 - part / weight) if weight else 0.0 for part, (_, weight) in zip(*pair, strict=True))
+            for pair in zip(seen, weighted, strict=True)
         )
-        share = max(0.0, 1.0 - math.fsum(seen[0]))
-        if share < _NOTHING:
-            return Unseen(0.0, tuple(tuple(0.0 for _ in table) for table in by_cell), {})
-        return Unseen(share, by_cell, self._example(weighted))
+        return Coverage(unseen, by_cell, scans, self._example(weighted))
 
     def _example(self, tables: list[list[Weighted]]) -> dict[str, Wanted]:
         # The method of conditional expectations: of each table in turn the cell with which most is unseen.
@@ -141,6 +155,15 @@ class CorpusTable:
             if weight:
                 grouped.setdefault(tuple(cell.known), []).append((place, cell, weight))
         return [_Pattern(self, names, cells) for names, cells in grouped.items()]
+
+    def _indexed(self, names: tuple[str, ...]) -> dict[Values, list[Cell]]:
+        """The cells by their values of these attributes, numbers apart."""
+        if names not in self._by_values:
+            index: dict[Values, list[Cell]] = {}
+            for cell in self.cells:
+                index.setdefault(_discrete(tuple(cell.values.get(name) for name in names)), []).append(cell)
+            self._by_values[names] = index
+        return self._by_values[names]
 
     def _projections(self, names: tuple[str, ...]) -> tuple[Values, ...]:
         """The distinct combinations of these attributes that the corpus has with none of them unknown."""
@@ -179,7 +202,7 @@ class _Pattern:
         self._corpus = corpus
         self._cells: dict[Values, list[tuple[int, Cell, float]]] = {}
         for place, cell, weight in cells:
-            self._cells.setdefault(self._key(tuple(cell.values[name] for name in names)), []).append(
+            self._cells.setdefault(_discrete(tuple(cell.values[name] for name in names)), []).append(
                 (place, cell, weight)
             )
         self._found: dict[Values, list[tuple[int, float]]] = {}
@@ -189,7 +212,7 @@ class _Pattern:
         if box not in self._found:
             self._found[box] = [
                 (place, part)
-                for place, cell, weight in self._cells.get(self._key(box), ())
+                for place, cell, weight in self._cells.get(_discrete(box), ())
                 if (part := weight * self._part(cell, box))
             ]
         return self._found[box]
@@ -198,12 +221,10 @@ class _Pattern:
         overlap = self._corpus._overlap
         return math.prod(overlap(n, cell.values[n], has)[0] for n, has in zip(self.names, box, strict=True))
 
-    @staticmethod
-    def _key(values: Values) -> Values:
-        return tuple(None if isinstance(value, (float, Span)) else value for value in values)
 
-
-_NOTHING = 1e-9
+def _discrete(values: Values) -> Values:
+    """The values with numbers and spans left out."""
+    return tuple(None if isinstance(value, (float, Span)) else value for value in values)
 
 
 def _normalised(table: Sequence[Cell]) -> list[Weighted]:

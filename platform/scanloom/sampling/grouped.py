@@ -30,7 +30,7 @@ def raised(cohort: AsCorpusCohort, schema: AttributeSchema, corpus: CorpusTable,
         schema[name]
     groups: dict[tuple[Wanted, ...], list[Cell]] = {}
     for cell in corpus.cells:
-        groups.setdefault(tuple(cell.values.get(name) for name in over), []).append(cell)
+        groups.setdefault(tuple(cell.values.get(name) for name in over), []).append(corpus.trimmed(cell))
     scans = [Fraction(sum(round(cell.share) for cell in cells)) for cells in groups.values()]
     shares = _with_floor(scans, [None not in group for group in groups], Fraction(str(cohort.least_share)))
     counts = quotas(shares, images)
@@ -42,7 +42,7 @@ def _with_floor(weights: Sequence[Fraction], may_rise: Sequence[bool], least: Fr
     if (most := sum(may_rise)) * least > 1:
         raise RecipeError(
             f"generate.cohort: least_share {float(least):g} for {most} combinations is more than all images; "
-            f"{1 / most:.2g} at most, or name fewer attributes in `over`"
+            f"1/{most} at most, or name fewer attributes in `over`"
         )
     held: set[int] = set()
     while True:
@@ -134,8 +134,7 @@ def _within(cohort: BalancedCohort, values: Mapping[str, Wanted], corpus: Corpus
     if cohort.others == "unknown":
         return [Cell(values=values, share=images)]
     others = (
-        Cell(values={**values, **{n: v for n, v in cell.values.items() if n not in values}}, share=scans)
-        for cell, scans in corpus.having(values)
+        Cell(values={**corpus.trimmed(cell).values, **values}, share=scans) for cell, scans in corpus.having(values)
     )
     return _shared_out(merged(others), images)
 

@@ -33,7 +33,8 @@ class Margin:
 
     def sums(self, table: Floats) -> Floats:
         """What the groups sum to. `bincount` adds in the order of cells, so that every machine gets the same bits."""
-        return np.bincount(self.group, weights=table, minlength=len(self.target))
+        sums: Floats = np.bincount(self.group, weights=table, minlength=len(self.target)).astype(np.float64)
+        return sums
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def whole_images(table: Floats, codes: Ints, quotas: Sequence[Ints]) -> Ints | N
     for place, wanted in enumerate(quotas):
         alive = (images[decided] > 0) & (table > 0)
         pairs, edge = np.unique(decided * len(wanted) + codes[:, place], return_inverse=True)
-        weight = np.bincount(edge, weights=np.where(alive, table, 0.0))
+        weight: Floats = np.bincount(edge, weights=np.where(alive, table, 0.0)).astype(np.float64)
         row, column = pairs // len(wanted), pairs % len(wanted)
         fitted, _ = fit(weight, [Margin(row, images.astype(float)), Margin(column, wanted.astype(float))], _ROUNDING)
         rounded = _rounded(fitted, row, column, images, wanted)

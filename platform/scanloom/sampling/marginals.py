@@ -13,7 +13,7 @@ from scanloom.attributes import AttributeSchema
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import MarginalsCohort, NumberAttribute, nearest
 from scanloom.recipe_cohort import Pair
-from scanloom.sampling.cell import MOST_CELLS, Cell, Span, parse_share, parse_value, shown, shown_value, split
+from scanloom.sampling.cell import MOST_CELLS, Cell, Span, Wanted, parse_share, parse_value, shown, shown_value, split
 from scanloom.sampling.corpus_table import CorpusTable
 from scanloom.sampling.draw import quotas
 from scanloom.sampling.joint import Floats, Ints, Margin, Misfit, fit, fit_pair, pair_of_correlation, whole_images
@@ -114,7 +114,7 @@ class _Joint:
             Cell(values=self._values(place), share=float(images[place])) for place in np.flatnonzero(images).tolist()
         ]
 
-    def _values(self, place: int) -> dict[str, object]:
+    def _values(self, place: int) -> dict[str, Wanted]:
         chosen = (axis[code] for axis, code in zip(self._axes, self._codes[place], strict=True))
         return {name: value for cell in chosen for name, value in cell.values.items()}
 

@@ -23,7 +23,7 @@ from scanloom.recipe import Dicom, Generate, Quality
 from scanloom.recipe_generate import ImageFormat, Solver
 from scanloom.sampling.cell import CohortTables
 from scanloom.sampling.cohort import resolve
-from scanloom.sampling.corpus_table import Unseen
+from scanloom.sampling.corpus_table import Coverage
 from scanloom.sampling.draw import CELL_PREFIX, Drawn, draw, quotas
 
 LOG = logging.getLogger("scanloom")
@@ -54,6 +54,7 @@ class PlanSpec(BaseModel):
     slots: int
     images_per_shard: int
     bits_stored: Literal[8, 12, 16]
+    size_px: int
     spacing_mm: float
     quality: Quality
     """Without the place of the probe: where an artefact lies is no part of what is made."""
@@ -121,10 +122,10 @@ def image_ids(plan_digest: str, start: int, stop: int) -> pa.StringArray:
 
 @dataclass(frozen=True)
 class Order:
-    """What a recipe orders of a generator: the plan, and what of it the corpus never had."""
+    """What a recipe orders of a generator: the plan, and how much of that the corpus has."""
 
     spec: PlanSpec
-    unseen: Unseen
+    coverage: Coverage
     told: tuple[str, ...]
     """What a person should know of the order, a sentence each."""
 
@@ -167,12 +168,13 @@ def order(section: Generate, name: str, digest: str, statistics: Mapping[str, An
         generator_name=name,
         attributes=schema,
         cohort=cohort.tables,
+        size_px=statistics["size_px"],
         spacing_mm=section.dicom.pixel_spacing_mm or statistics.get("spacing_mm") or FALLBACK_SPACING_MM,
         quality=section.quality.model_copy(update={"probe": None}),
         probe=probe,
         dicom=section.dicom,
     )
-    return Order(spec, cohort.unseen, cohort.told)
+    return Order(spec, cohort.coverage, cohort.told)
 
 
 def compile_plan(spec: PlanSpec) -> Plan:
