@@ -18,8 +18,9 @@ SopClass = Literal["DX", "CT", "MR"]
 class Quality(Section):
     """What an image must be to enter the dataset; one that is not is drawn again, from noise of its own."""
 
-    least_contrast: Fraction = 0.02
-    """Of the image's pixels, 98th less 2nd percentile as a share of full range; below it an image is blank."""
+    least_contrast: Fraction = 0.1
+    """98th less 2nd percentile of the pixels as a share of full range; below it an image is blank. Chest X-rays have
+    more than 0.4."""
     most_white: Fraction = 0.1
     """Share of the pixels within 1 % of full white; above it an image is saturated. Chest X-rays have below 0.01."""
     most_black: Fraction = 0.75
