@@ -6,20 +6,24 @@ python -m jobs.generate RECIPE [--set KEY=VALUE ...]
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import ray.data
-from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
 from jobs.cluster import connected, require_room, run_recipe
 from scanloom import console
-from scanloom.artefact import Artefact, find_artefact, lineage, open_artefact, publish
-from scanloom.errors import RecipeError
+from scanloom.artefact import Artefact, Lineage, find_artefact, lineage, open_artefact, publish
+from scanloom.errors import RecipeError, StoreError
+from scanloom.overview import cohort_report
+from scanloom.progress import Meter, Reporter
 from scanloom.recipe import Generate, Recipe
-from scanloom.sampling.dataset import EngineActor, rows_to_bytes, write_shard
-from scanloom.sampling.plan import PlanSpec, achieved, compile_plan, specify
-from scanloom.shards.commit import ShardCommit, begin, clean_orphans, committed
+from scanloom.sampling.dataset import EngineActor, write_shard
+from scanloom.sampling.plan import PlanSpec, specify
+from scanloom.sampling.tally import Tally, planned
+from scanloom.shards.commit import ShardCommit, begin, clean_orphans, committed_shards, read_commits
 from scanloom.store import Store
 
 CPUS_PER_WRITER = 1
@@ -27,86 +31,95 @@ CPUS_PER_WRITER = 1
 ENGINE_START_DEATHS = 5
 
 
-def generate(recipe: Recipe) -> None:
-    """Make the recipe's dataset artefact, or what is left of it."""
+def generate(recipe: Recipe, engine: type[EngineActor] = EngineActor) -> None:
+    """Make the recipe's dataset artefact, or what is left of it, with actors of the class `engine`."""
     if recipe.generate is None:
         raise RecipeError(f"recipe {recipe.name!r} has no section 'generate'; it says what to generate")
     section, started = recipe.generate, time.monotonic()
     store = Store(recipe.uri(section.dataset))
     store.require_writable()
     generator = open_artefact(recipe.uri("generator"), "generator")
-    spec = specify(section, generator.manifest.name, generator.digest, generator.manifest.statistics)
+    probe = open_artefact(section.quality.probe, "probe") if section.quality.probe else None
+    spec = specify(
+        section, generator.manifest.name, generator.digest, generator.manifest.statistics, probe and probe.digest
+    )
     begin(store, "dataset", spec.digest)
-    done = committed(store, spec.digest)
-    before = sum(commit.rows for commit in done.values())
+    present = committed_shards(store)
     dataset = find_artefact(store.uri, "dataset")
     if dataset is not None:
         console.LOG.info("%s: finished before; nothing to do", dataset.uri)
     else:
-        commits = _make(section, spec, generator, store, done)
-        clean_orphans(store, grace_s=0)  # so that a reader who lists the folder finds what the manifest names
-        dataset = _publish(recipe, spec, generator, store, commits)
-    _report(dataset, spec.images - before, time.monotonic() - started)
+        tally = _make(section, spec, generator, store, present, engine)
+        clean_orphans(store, grace_s=0, wanted=tally.keys())  # so that a reader of the folder finds what is named
+        inputs = [lineage("generator", generator), *([lineage("probe", probe)] if probe else [])]
+        dataset = _publish(recipe, spec, inputs, store, tally)
+    made_now = spec.images - sum(planned(spec, shard) for shard in present)
+    _report(dataset, made_now, time.monotonic() - started)
 
 
 def _make(
-    section: Generate, spec: PlanSpec, generator: Artefact, store: Store, done: dict[int, ShardCommit]
-) -> dict[int, ShardCommit]:
-    """Make and commit the shards that are missing; all commits by shard."""
-    plan = compile_plan(spec)
-    missing = [shard for shard in range(plan.shards) if shard not in done]
-    if not missing:
-        return done
-    with connected():
-        require_room(
-            section.engines * section.cpus_per_engine,
-            section.engines * section.gpus_per_engine,
-            f"generate.engines {section.engines} x {section.cpus_per_engine} CPUs",
-        )
-        ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = ENGINE_START_DEATHS
-        shards: ray.data.Dataset = ray.data.from_items(
-            [{"shard": shard, "rows": rows_to_bytes(plan.rows(shard))} for shard in missing],
-            override_num_blocks=len(missing),
-        )
-        engine: Any = EngineActor  # Ray's annotation of `map` leaves out the classes that it takes
-        written = shards.map(
-            engine,
-            fn_constructor_args=(
-                spec, generator.uri, "cuda" if section.gpus_per_engine else "cpu", section.cpus_per_engine,
-            ),
-            num_cpus=section.cpus_per_engine,
-            num_gpus=section.gpus_per_engine,
-            compute=ActorPoolStrategy(size=min(section.engines, len(missing))),
-        ).map(
-            partial(write_shard, spec=spec, store=store),
-            num_cpus=CPUS_PER_WRITER,
-            compute=TaskPoolStrategy(size=section.writers),
-        )  # fmt: skip
-        with console.progress("generate", spec.images, "images", done=sum(c.rows for c in done.values())) as advance:
-            for row in written.iter_rows():
-                done[row["shard"]] = ShardCommit.model_validate_json(row["commit"])
-                advance(row["rows"])
-    return done
+    section: Generate, spec: PlanSpec, generator: Artefact, store: Store, present: set[int], engine: type[EngineActor]
+) -> Tally:
+    """Make and commit the shards that are not present; the sums over all commits.
+
+    What earlier runs committed is read meanwhile: work starts as soon as the names of its commits are known.
+    """
+    tally, missing = Tally(spec), [shard for shard in range(spec.shards) if shard not in present]
+    done = sum(planned(spec, shard) for shard in present)
+    meter = Meter(spec.digest, spec.images, section.cost_per_hour, done)
+    progress = console.progress("generate", spec.images, "images", done=done)
+    with Reporter(store, meter), ThreadPoolExecutor(1) as pool:
+        earlier = pool.submit(lambda: [tally.add(commit) for commit in read_commits(store, spec.digest, present)])
+        if missing:
+            with connected(), progress as advance:
+                for row in program(section, spec, generator.uri, store, missing, engine).iter_rows():
+                    settled = tally.add(ShardCommit.model_validate_json(row["commit"]))
+                    done += settled
+                    meter.count(done, tally.images, tally.rejects, tally.engine_s)
+                    advance(settled, **meter.figures)
+                    if earlier.done():
+                        earlier.result()  # a damaged commit ends the job now, not when all the rest is made
+        earlier.result()
+        meter.count(done, tally.images, tally.rejects, tally.engine_s)
+    if tally.missing:
+        raise StoreError(f"{store.uri}: {len(tally.missing)} shards were not committed; run the same command again")
+    return tally
 
 
-def _publish(
-    recipe: Recipe, spec: PlanSpec, generator: Artefact, store: Store, commits: dict[int, ShardCommit]
-) -> Artefact:
-    figures = [commit.statistics for commit in commits.values()]
-    environments = {str(sorted(f["environment"].items())): f["environment"] for f in figures}
-    engine_s = sum(f["engine_s"] for f in figures)
+def program(
+    section: Generate, spec: PlanSpec, generator_uri: str, store: Store, missing: list[int], engine: type[EngineActor]
+) -> ray.data.Dataset:
+    """One row a shard: engines make pixels, writers encode, upload and commit them; only a few shards lie between."""
+    require_room(
+        section.engines * section.cpus_per_engine,
+        section.engines * section.gpus_per_engine,
+        f"generate.engines {section.engines} x {section.cpus_per_engine} CPUs",
+    )
+    DataContext.get_current().max_consecutive_actor_init_deaths = ENGINE_START_DEATHS
+    shards: ray.data.Dataset = ray.data.from_items([{"shard": n} for n in missing], override_num_blocks=len(missing))
+    actor: Any = engine  # Ray's annotation of `map` leaves out the classes that it takes
+    return shards.map(
+        actor,
+        fn_constructor_args=(
+            spec, generator_uri, "cuda" if section.gpus_per_engine else "cpu", section.cpus_per_engine,
+            section.quality.probe and Store(section.quality.probe).uri,  # absolute, as workers need it
+        ),
+        num_cpus=section.cpus_per_engine,
+        num_gpus=section.gpus_per_engine,
+        compute=ActorPoolStrategy(size=min(section.engines, len(missing))),
+    ).map(
+        partial(write_shard, spec=spec, store=store),
+        num_cpus=CPUS_PER_WRITER,
+        compute=TaskPoolStrategy(size=section.writers),
+    )  # fmt: skip
+
+
+def _publish(recipe: Recipe, spec: PlanSpec, inputs: list[Lineage], store: Store, tally: Tally) -> Artefact:
     return publish(
-        store, kind="dataset", name=spec.dataset, recipe=recipe.model_dump(mode="json"),
-        inputs=[lineage("generator", generator)],
-        files=[entry for commit in commits.values() for entry in commit.files.values()],
+        store, kind="dataset", name=spec.dataset, recipe=recipe.model_dump(mode="json"), inputs=inputs,
+        files=tally.files(),
         statistics={
-            "plan": spec.digest,
-            "spec": spec.model_dump(mode="json"),
-            "rows": sum(commit.rows for commit in commits.values()),
-            "cells": achieved(spec, [f["cells"] for f in figures]),
-            "images_per_engine_s": spec.images / engine_s if engine_s else 0.0,
-            "environments": list(environments.values()),
-            "gate": "ungated",
+            "plan": spec.digest, "spec": spec.model_dump(mode="json"), **tally.statistics(), "gate": "ungated",
         },
     )  # fmt: skip
 
@@ -119,6 +132,8 @@ def _report(dataset: Artefact, made: int, seconds: float) -> None:
     )  # fmt: skip
     columns = ("where", "images", "made now", "images/s", "images/engine-s", "plan", "digest", "gate")
     console.result_table(f"generate: {seconds:.0f} s", columns, [row])
+    for part in cohort_report(statistics):
+        console.show(part)
 
 
 if __name__ == "__main__":

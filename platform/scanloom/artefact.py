@@ -27,12 +27,14 @@ MANIFEST = "manifest.json"
 # Folder of what a training run noted on its way.
 RECORD = "training"
 PLAN = "plan.json"
+PROGRESS = "progress.json"
+"""How far the job has come that makes the artefact; see `scanloom.progress`."""
 COMMITS = "commits"
 UNITS = "units"
 """What a corpus remembers of its source."""
 SCHEMA_VERSION = 1
 
-Kind = Literal["corpus", "autoencoder", "latents", "generator", "dataset", "audit", "release"]
+Kind = Literal["corpus", "autoencoder", "latents", "generator", "probe", "dataset", "audit", "release"]
 
 
 class _Record(BaseModel):
@@ -207,7 +209,7 @@ def verify(artefact: Artefact, examined: Callable[[], object] = lambda: None) ->
                 yield problem
     known = {file.path for file in artefact.manifest.files}
     for found in artefact.store.list():
-        if found.key not in known | {MANIFEST, PLAN} and found.key.split("/")[0] not in (COMMITS, UNITS):
+        if found.key not in known | {MANIFEST, PLAN, PROGRESS} and found.key.split("/")[0] not in (COMMITS, UNITS):
             yield Problem(found.key, "extra", "not in the manifest; readers never look at it")
 
 

@@ -10,14 +10,15 @@ from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from scanloom import console
 from scanloom.artefact import Artefact, Problem, code_version, open_artefact, verify
 from scanloom.errors import RecipeError, ScanloomError
-from scanloom.overview import overview
+from scanloom.overview import overview, unfinished
+from scanloom.progress import Progress, progress_of_unfinished
 from scanloom.recipe import load_recipe
 from scanloom.store import Store
 
@@ -119,7 +120,10 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print manifest and digest as JSON.")] = False,
     check: Annotated[bool, typer.Option("--verify", help="Re-hash every file; exit 1 where one is not right.")] = False,
 ) -> None:
-    """What an artefact is, where it came from and what it holds."""
+    """What an artefact is, where it came from and what it holds; of one that is being made, how far that has come."""
+    if not check and (progress := progress_of_unfinished(artefact)) is not None:
+        _tell_progress(artefact, progress, as_json)
+        return
     found = open_artefact(artefact)
     if not as_json:
         console.show(overview(found))
@@ -152,6 +156,35 @@ def regenerate(
     verdict = "equal to the stored one" if difference == 0 else f"differs from the stored one by up to {difference}"
     console.result_table(f"image {image_id}", ("where", "pixels"), [(target, verdict)])
     if difference:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    dataset: Annotated[str, typer.Argument(help="URI of a dataset.")],
+    to: Annotated[str, typer.Option(metavar="PLACE", help="A folder, s3://bucket/prefix, or a DICOMweb root.")],
+    layout: Annotated[Literal["study", "flat"], typer.Option(help="Of files in a folder.")] = "study",
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Files or requests at a time.")] = 4,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Images a second that a PACS gets at most.")] = None,
+    journal: Annotated[str | None, typer.Option(help="Store that notes what a PACS took; default: beside.")] = None,
+) -> None:
+    """A dataset's DICOM files, into folders or a PACS; run it again to go on; exit 1 where one was refused."""
+    from scanloom.dicom.stow import Pace, Stow
+    from scanloom.sampling.export import journal_uri, to_pacs, to_store
+    from scanloom.scans.pacs import AUTHORIZATION_VARIABLE
+
+    found = open_artefact(dataset, "dataset")
+    with console.progress("export", found.manifest.statistics["rows"], "images") as advance:
+        if to.startswith(("http://", "https://")):
+            pacs = Stow(to, authorization=os.environ.get(AUTHORIZATION_VARIABLE, "").strip(), pace=Pace(rate))
+            told = to_pacs(found, pacs, Store(journal or journal_uri(found, pacs.root)), parallel, advance)
+        else:
+            told = to_store(found, Store(to), layout, parallel, advance)
+    for outcome in (*told.failed, *told.warned):
+        print(f"{outcome.uid}: {outcome.reason}")  # noqa: T201
+    row = (to, told.stored, told.before, len(told.warned), len(told.failed))
+    console.result_table("export", ("where", "stored now", "stored before", "with warnings", "refused"), [row])
+    if told.failed:
         raise typer.Exit(1)
 
 
@@ -204,6 +237,13 @@ def _jobs_folder() -> Path | None:
 
 
 # --- show -----------------------------------------------------------------------------------------------------
+
+
+def _tell_progress(uri: str, progress: Progress, as_json: bool) -> None:
+    if as_json:
+        print(progress.model_dump_json(indent=2))  # noqa: T201
+    else:
+        console.show(unfinished(uri, progress))
 
 
 def _verified(artefact: Artefact) -> list[Problem]:

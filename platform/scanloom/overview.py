@@ -10,8 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from scanloom.artefact import Artefact, FileEntry
+from scanloom.progress import STALE_S, Progress
+from scanloom.sampling.cell import Cell, shown
 
 _MOST_INLINE = 16
+_MOST_CELLS = 40
+_STATES = {"running": "running", "finished": "all images are made", "failed": "ended; run its job again to go on"}
 
 
 def overview(artefact: Artefact) -> RenderableType:
@@ -21,6 +25,56 @@ def overview(artefact: Artefact) -> RenderableType:
         parts.append(_lineage(artefact))
     parts += [_contents(artefact.manifest.files), _statistics(artefact.manifest.statistics)]
     return Group(*parts)
+
+
+def unfinished(uri: str, progress: Progress) -> RenderableType:
+    """Of an artefact that its job is still making, or was: how far it has come."""
+    stale = progress.state == "running" and progress.age_s > STALE_S
+    state = "no sign of life; run its job again to go on" if stale else _STATES[progress.state]
+    left = "-" if progress.eta_s is None or stale or progress.state != "running" else f"{progress.eta_s:.0f} s"
+    rejects = ", ".join(f"{reason} {count}" for reason, count in progress.rejects.items())
+    rows = [
+        ("state", state),
+        ("images", f"{progress.images_done} of {progress.images_total}"),
+        ("images/s", f"{progress.images_per_s:.3g}"),
+        ("left", left),
+        ("rejects", rejects or "none"),
+        ("engine hours", f"{progress.engine_s / 3600:.3g}"),
+        ("cost", "-" if progress.cost is None else f"{progress.cost:.2f}"),
+        ("started", progress.started),
+        ("as of", f"{progress.updated} ({progress.age_s:.0f} s ago)"),
+    ]
+    return _table(f"unfinished: {uri}", ("", ""), rows)
+
+
+def cohort_report(statistics: Mapping[str, Any]) -> list[RenderableType]:
+    """Of a dataset's statistics, per cell of its cohort what was asked for and what became of it.
+
+    Of many cells only those that the quality checks touched, the worst first; then a line where images are missing.
+    """
+    cells = statistics["cells"]
+    if len(cells) > _MOST_CELLS:
+        touched = [cell for cell in cells if cell["rejected"] or cell["infeasible"]]
+        cells = sorted(touched, key=lambda cell: (-cell["infeasible"], -cell["rejected"]))[:_MOST_CELLS]
+    columns = ("table", "cell", "requested", "made", "rejected", "infeasible")
+    rows = [
+        (
+            str(cell["table"]),
+            shown(Cell.model_validate({"values": cell["attributes"], "share": 0}).values),
+            *(str(cell[name]) for name in columns[2:]),
+        )
+        for cell in cells
+    ]
+    parts: list[RenderableType] = [_table("cohort", columns, rows)] if rows else []
+    if lacking := statistics["infeasible"]:
+        ordered = statistics["rows"] + lacking
+        parts.append(
+            Text(
+                f"{lacking} of {ordered} images are infeasible: no draw of theirs passed the quality checks; the "
+                f"manifest's statistics say of which cells, the folder rejects why"
+            )
+        )
+    return parts
 
 
 def readable_bytes(count: int) -> str:
@@ -121,6 +175,8 @@ def how_many(artefact: Artefact) -> str:
         return f"{statistics['training']['step']} steps"
     if "psnr_db" in statistics:
         return f"{statistics['psnr_db']:.1f} dB PSNR held out"
+    if artefact.manifest.kind == "probe":
+        return f"reads {len(statistics['card']['readings'])} attributes"
     if "taken_from" in statistics:
         return f"taken from {statistics['taken_from']}"
     refused = sum(statistics.get("quarantined", {}).values())

@@ -7,7 +7,8 @@ files, and sums.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from threading import Lock
 from typing import Any
 
 from scanloom.artefact import FileEntry
@@ -23,6 +24,7 @@ class Tally:
 
     def __init__(self, spec: PlanSpec) -> None:
         self._spec = spec
+        self._lock = Lock()
         self._shards: set[int] = set()
         self._files: list[tuple[str, int, str]] = []
         self._cells: dict[str, Counter[tuple[str, str]]] = {
@@ -31,29 +33,28 @@ class Tally:
         self._environments: dict[str, dict[str, Any]] = {}
         self.images = 0
         """Images in the dataset so far."""
-        self.settled = 0
-        """Images of the plan that are made or were declared infeasible."""
         self.engine_s = 0.0
         """What the engines worked on what is committed, in seconds."""
-        self.rejects: Counter[str] = Counter()
-        """Draws that did not enter the dataset, by reason; `infeasible` counts images."""
+        self._rejects: Counter[str] = Counter()
 
     def add(self, commit: ShardCommit) -> int:
-        """Count a shard; the images of the plan that it settles, 0 where it was counted before."""
-        if commit.shard in self._shards:
-            return 0
-        self._shards.add(commit.shard)
+        """Count a shard; the images of the plan that it settles, 0 where it was counted before. Any thread may."""
+        with self._lock:
+            if commit.shard in self._shards:
+                return 0
+            self._shards.add(commit.shard)
+            self._count(commit)
+        return planned(self._spec, commit.shard)
+
+    def _count(self, commit: ShardCommit) -> None:
         self._files += [(file.path, file.bytes, file.sha256) for file in commit.files.values()]
         figures = commit.statistics
         for kind, name in (("made", "cells"), ("rejected", "rejected"), ("infeasible", "infeasible")):
             self._cells[kind].update(_flat(figures.get(name, {})))
-        self.rejects.update(figures.get("rejects", {}))
+        self._rejects.update(figures.get("rejects", {}))
         self.engine_s += figures["engine_s"]
         self._environments.setdefault(str(sorted(figures["environment"].items())), figures["environment"])
         self.images += commit.rows
-        settled = planned(self._spec, commit.shard)
-        self.settled += settled
-        return settled
 
     @property
     def missing(self) -> list[int]:
@@ -61,9 +62,10 @@ class Tally:
         return [shard for shard in range(self._spec.shards) if shard not in self._shards]
 
     @property
-    def infeasible(self) -> int:
-        """Images of the plan that no attempt could fill."""
-        return self.rejects["infeasible"]
+    def rejects(self) -> dict[str, int]:
+        """Draws that did not enter the dataset, by reason; `infeasible` counts images that no draw could fill."""
+        with self._lock:
+            return dict(sorted(self._rejects.items()))
 
     def files(self) -> Iterator[FileEntry]:
         """Every file that a commit names."""
@@ -88,8 +90,8 @@ class Tally:
         return {
             "rows": self.images,
             "cells": self.cells(),
-            "rejects": dict(sorted(self.rejects.items())),
-            "infeasible": self.infeasible,
+            "rejects": self.rejects,
+            "infeasible": self._rejects["infeasible"],
             "engine_s": self.engine_s,
             "images_per_engine_s": self.images / self.engine_s if self.engine_s else 0.0,
             "environments": list(self._environments.values()),

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,14 +144,17 @@ def commit_uploaded(store: Store, ours: ShardCommit) -> ShardCommit:
 
 
 def committed(store: Store, plan_digest: str) -> dict[int, ShardCommit]:
-    """Every committed shard by number.
+    """Every committed shard by number. Raises as `read_commits` does."""
+    return {commit.shard: commit for commit in read_commits(store, plan_digest, committed_shards(store))}
+
+
+def read_commits(store: Store, plan_digest: str, shards: Iterable[int]) -> Iterator[ShardCommit]:
+    """The commits of these shards, read several at a time; none is kept once it was taken.
 
     Raises ArtefactError for a damaged commit or one of another plan.
     """
-    keys = [found.key for found in store.list(COMMITS)]
     with ThreadPoolExecutor(_READERS) as pool:
-        commits = pool.map(lambda key: _read_commit(store, key, plan_digest), keys)
-        return {commit.shard: commit for commit in commits}
+        yield from pool.map(lambda shard: _read_commit(store, commit_key(shard), plan_digest), sorted(shards))
 
 
 def committed_shards(store: Store) -> set[int]:
@@ -159,23 +162,26 @@ def committed_shards(store: Store) -> set[int]:
     return {int(named[1]) for found in store.list(COMMITS) if (named := _COMMIT_KEY.fullmatch(found.key))}
 
 
-def orphans(store: Store, grace_s: float) -> list[str]:
+def orphans(store: Store, grace_s: float, wanted: Set[str] | None = None) -> list[str]:
     """Data objects that no commit names and that are older than `grace_s`: left behind by attempts that lost or died.
+
+    `wanted` are the keys that the commits name, where the caller knows them and every shard is committed.
 
     A writer that is still between its upload and its commit is protected by the grace period alone. Files that a
     killed process left half-written count too, when nobody can be writing them any more.
     """
     # The listing comes first: what is committed after it can only take keys off the result, not put any on.
     old = [o.key for o in store.list() if _DATA_KEY.fullmatch(o.key) and o.modified < time.time() - grace_s]
-    commits = committed(store, _claim(store)["plan"]).values()
-    wanted = {file.path for commit in commits for file in commit.files.values()}
+    if wanted is None:
+        commits = committed(store, _claim(store)["plan"]).values()
+        wanted = {file.path for commit in commits for file in commit.files.values()}
     half_written = [o.key for o in store.remnants() if o.modified < time.time() - max(grace_s, _LONGEST_WRITE_S)]
     return [key for key in old if key not in wanted] + half_written
 
 
-def clean_orphans(store: Store, grace_s: float) -> list[str]:
+def clean_orphans(store: Store, grace_s: float, wanted: Set[str] | None = None) -> list[str]:
     """Delete the orphans; the keys deleted."""
-    keys = orphans(store, grace_s)
+    keys = orphans(store, grace_s, wanted)
     store.delete(keys)
     return keys
 
