@@ -80,6 +80,12 @@ def test_the_header_is_sent(server: DicomWebServer) -> None:
     assert server.requests[0][1]["Authorization"] == "Bearer abc"
 
 
+def test_a_header_that_is_none_is_refused_without_being_told() -> None:
+    with pytest.raises(RecipeError, match="no HTTP header") as told:
+        Stow("http://pacs/dicom-web", authorization="PHITEST\n")
+    assert "PHITEST" not in str(told.value)
+
+
 def test_what_a_server_refuses_is_told_by_instance(server: DicomWebServer) -> None:
     sent = instances(6)
     codes = {sent[1].uid: 0xC000, sent[2].uid: 0x0122, sent[3].uid: 0x0111, sent[4].uid: 0xA901}

@@ -76,7 +76,8 @@ class Pace:
 class Stow:
     """The STOW-RS service of a PACS at a root such as https://pacs.example/dicom-web; threads may share it.
 
-    `authorization`: value of the Authorization header. RecipeError for a root that is no URL or holds a password.
+    `authorization`: value of the Authorization header. RecipeError for one that is none, and for a root that is no URL
+    or holds a password.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class Stow:
                 "the URL holds a user name or password; give the value of an Authorization header instead"
             )
         self.root = root.rstrip("/")
-        self._headers = {"Accept": "application/dicom+json"}
-        if authorization:
-            self._headers["Authorization"] = authorization
+        if not (authorization.isascii() and authorization.isprintable()):
+            # Later errors would quote it.
+            raise RecipeError("the value of the Authorization header holds a character that no HTTP header can")
+        self._authorization = authorization
         self._pace = pace or Pace(None)
         self._attempts, self._first_wait_s = attempts, first_wait_s
         self._local = threading.local()
@@ -147,7 +149,7 @@ class Stow:
                 answer = self._session.post(
                     f"{self.root}/studies",
                     data=body,
-                    headers=self._headers | {"Content-Type": kind},
+                    headers={"Content-Type": kind, "Accept": "application/dicom+json"},
                     timeout=_TIMEOUTS_S,
                     allow_redirects=False,
                 )
@@ -173,13 +175,18 @@ class Stow:
         for attempt in range(self._attempts - 1):
             yield min(_LONGEST_WAIT_S, self._first_wait_s * 2**attempt)
 
+    def _authorized(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = self._authorization
+        return request
+
     @property
     def _session(self) -> requests.Session:
         """One a thread: requests does not say that a session may be shared."""
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()
-            # Credentials come from the environment variable alone, never from a .netrc.
-            self._local.session.trust_env = False
+            if self._authorization:
+                # As `auth`, or the entry of a .netrc would replace it.
+                self._local.session.auth = self._authorized
         session: requests.Session = self._local.session
         return session
 
