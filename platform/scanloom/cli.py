@@ -103,6 +103,12 @@ def plan(
 
 
 @app.command(context_settings=_PASSED_ON)
+def probe(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+    """Corpus -> probe, a small network that reads attributes off images, to check datasets with."""
+    _run_recipe("probe", context, recipe, overrides)
+
+
+@app.command(context_settings=_PASSED_ON)
 def generate(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
     """Generator -> synthetic dataset, as Parquet and DICOM shards."""
     _run_recipe("generate", context, recipe, overrides)
