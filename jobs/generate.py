@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from jobs.cluster import connected, require_room, run_recipe
 from scanloom import console
@@ -29,6 +29,8 @@ from scanloom.store import Store
 CPUS_PER_WRITER = 1
 # Engines may die while they start, too (a lost node, a kill); Ray Data's default ends the job at the first.
 ENGINE_START_DEATHS = 5
+# Other than an engine's, or Ray Data would count in the engines: one call of an engine would be all shards.
+CPUS_TO_COUNT = 0.01
 
 
 def generate(recipe: Recipe, engine: type[EngineActor] = EngineActor) -> None:
@@ -95,8 +97,11 @@ def program(
         section.engines * section.gpus_per_engine,
         f"generate.engines {section.engines} x {section.cpus_per_engine} CPUs",
     )
-    DataContext.get_current().max_consecutive_actor_init_deaths = ENGINE_START_DEATHS
-    shards: ray.data.Dataset = ray.data.from_items([{"shard": n} for n in missing], override_num_blocks=len(missing))
+    # One task counts the shards out while engines work: to make a block for each before would take seconds.
+    numbers = ray.data.from_items([{"missing": missing}])
+    numbers.context.target_max_block_size = 1  # so that at every stage a shard is a block, and moves on by itself
+    numbers.context.max_consecutive_actor_init_deaths = ENGINE_START_DEATHS
+    shards = numbers.flat_map(lambda row: [{"shard": n} for n in row["missing"]], num_cpus=CPUS_TO_COUNT)
     actor: Any = engine  # Ray's annotation of `map` leaves out the classes that it takes
     return shards.map(
         actor,

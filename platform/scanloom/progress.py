@@ -70,10 +70,12 @@ class Progress(BaseModel):
 class Meter:
     """Counts that one thread sets and another reads, with the rate and the time left that follow."""
 
-    def __init__(self, plan: str, total: int, cost_per_hour: float | None, done: int = 0) -> None:
+    def __init__(
+        self, plan: str, total: int, cost_per_hour: float | None, done: int = 0, clock: float | None = None
+    ) -> None:
         self._plan, self._total, self._cost_per_hour = plan, total, cost_per_hour
         self._started = _now()
-        self._seen: deque[tuple[float, int]] = deque([(time.monotonic(), done)])
+        self._seen: deque[tuple[float, int]] = deque([(_clock(clock), done)])
         self._counted: tuple[int, int, Mapping[str, int], float] = (done, 0, {}, 0.0)
 
     def count(self, done: int, made: int, rejects: Mapping[str, int], engine_s: float) -> None:
@@ -95,7 +97,7 @@ class Meter:
     def read(self, state: State = "running", clock: float | None = None) -> Progress:
         """Where the run stands; `clock` in monotonic seconds, now by default."""
         done, made, rejects, engine_s = self._counted
-        now = time.monotonic() if clock is None else clock
+        now = _clock(clock)
         self._seen.append((now, done))
         while len(self._seen) > 2 and self._seen[1][0] <= now - _WINDOW_S:
             self._seen.popleft()
@@ -161,6 +163,10 @@ def progress_of_unfinished(uri: str) -> Progress | None:
         return Progress.model_validate_json(store.read(PROGRESS))
     except ValidationError:
         return None
+
+
+def _clock(given: float | None) -> float:
+    return time.monotonic() if given is None else given
 
 
 def _now() -> str:
