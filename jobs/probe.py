@@ -52,10 +52,11 @@ def probe(recipe: Recipe) -> None:
 def _train(recipe: Recipe, corpus: Artefact, runs: Store, name: str) -> dict[str, Any]:
     section = recipe.probe
     require_room(section.workers * section.cpus_per_worker, section.workers * section.use_gpu, "probe.workers")
+    job = ProbeJob.of(recipe, corpus)
     scans: dict[str, Any] = {
         split: ray.data.read_parquet(
             parquet_paths(corpus, split, section.max_scans), filesystem=corpus.store.filesystem
-        ).select_columns(["id", "image", *(declaration.name for declaration in recipe.attributes)])
+        ).select_columns(["id", "image", *job.attributes.names])
         for split in ("train", "validation")
     }
     with (
@@ -64,7 +65,7 @@ def _train(recipe: Recipe, corpus: Artefact, runs: Store, name: str) -> dict[str
     ):
         trainer = TorchTrainer(
             train_probe,
-            train_loop_config=ProbeJob.of(recipe, corpus).model_dump(mode="json"),
+            train_loop_config=job.model_dump(mode="json"),
             datasets=scans,
             # Every worker holds all scans; which ones it trains on follows from the step and its rank.
             dataset_config=DataConfig(datasets_to_split=[]),

@@ -119,7 +119,7 @@ def test_show_with_wrong_credentials_or_bucket_is_one_line(store_uri: str) -> No
     assert "there is no bucket" in _one_line(_scanloom("show", "s3://nobody-made-it/x"))
 
 
-@pytest.mark.parametrize("job", ["inspect", "prepare", "encode", "finetune", "generate"])
+@pytest.mark.parametrize("job", ["inspect", "prepare", "encode", "finetune", "probe", "generate"])
 def test_a_typo_in_a_recipe_is_told_before_anything_starts(tmp_path: Path, job: str) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("nam: x\n")

@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
