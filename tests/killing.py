@@ -58,7 +58,7 @@ class Hosts:
     def fill(self) -> None:
         """Start hosts until there are two."""
         while len(self._hosts) < 2:
-            self._hosts.append(self._cluster.add_node(num_cpus=2))
+            self._hosts.append(self._cluster.add_node(num_cpus=3))
 
     def lose(self, number: int) -> None:
         """Kill a host with all that runs on it."""
