@@ -74,5 +74,33 @@ class FreeEngine(EngineActor):
         return make
 
 
+class PickyEngine(FreeEngine):
+    """Draws every fifth image a second time, and finds no attempt good enough for those of `INFEASIBLE`."""
+
+    INFEASIBLE = (7, 13)
+
+    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+        made = super().__call__(shard)
+        indices = rows_from_bytes(made["rows"])["index"].to_pylist()
+        rejects = []
+        for index in indices:
+            if index in self.INFEASIBLE:
+                rejects += [_reject(index, 0, "blank"), _reject(index, 1, "blank"), _reject(index, 2, "infeasible")]
+            elif index % 5 == 0:
+                rejects.append(_reject(index, 0, "saturated"))
+        dtype = np.uint8 if self._spec.bits_stored == 8 else np.uint16
+        pixels = np.frombuffer(made["pixels"], dtype).reshape(len(indices), made["height"], made["width"])
+        kept = [place for place, index in enumerate(indices) if index not in self.INFEASIBLE]
+        return made | {
+            "pixels": pixels[kept].tobytes(),
+            "attempts": [int(indices[place] % 5 == 0) for place in kept],
+            "rejects": rejects,
+        }
+
+
+def _reject(index: int, attempt: int, reason: str) -> dict[str, Any]:
+    return {"index": index, "attempt": attempt, "reason": reason, "figures": {"contrast": 0.001}}
+
+
 if __name__ == "__main__":
     sys.exit(run_recipe(lambda recipe: generate(recipe, FreeEngine), "free_engine", __doc__ or "", None))

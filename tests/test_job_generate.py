@@ -21,11 +21,13 @@ from scanloom.artefact import Artefact, open_artefact
 from scanloom.console import root_cause
 from scanloom.dicom.checks import dciodvfy, violations
 from scanloom.errors import ArtefactError, RecipeError, StoreError
+from scanloom.progress import Progress
 from scanloom.recipe import Recipe
 from scanloom.sampling.production import regenerate
 from scanloom.shards.reader import read_file, rows
-from scanloom.shards.writer import png_pixels
+from scanloom.shards.writer import image_pixels, png_pixels
 from scanloom.store import Store
+from tests.free_engine import PickyEngine, publish_free_generator, stamp
 from tests.processes import kill, named
 from tests.tiny_generator import ATTRIBUTES, publish_generator
 
@@ -164,6 +166,40 @@ def test_a_dataset_that_only_lacks_its_manifest_is_not_called_finished_before(
         generate(recipe_for(str(tmp_path)))
     assert "finished before" not in caplog.text
     assert open_artefact(place.uri, "dataset").digest == dataset.digest
+
+
+def test_a_damaged_commit_of_an_earlier_run_is_named(dataset: Artefact, ray_cluster: None, tmp_path: Path) -> None:
+    publish_generator(str(tmp_path / "generator"))
+    place = Store(str(tmp_path / "dataset"))
+    for found in dataset.store.list():
+        if found.key != "manifest.json":
+            place.write(found.key, dataset.store.read(found.key))
+    place.write("commits/shard-000001.json", b"{}")
+    with pytest.raises(ArtefactError, match=r"shard-000001\.json: is no shard commit"):
+        generate(recipe_for(str(tmp_path)))
+    assert not place.exists("manifest.json")
+
+
+def test_a_dataset_says_what_was_rejected_and_what_no_attempt_could_fill(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_free_generator(str(tmp_path / "generator"), 16)
+    generate(recipe_for(str(tmp_path), cost_per_hour=3.6), PickyEngine)
+    made = open_artefact(str(tmp_path / "dataset"), "dataset")
+    statistics = made.manifest.statistics
+    assert (statistics["rows"], statistics["infeasible"]) == (IMAGES - 2, 2)
+    assert statistics["rejects"] == {"blank": 4, "infeasible": 2, "saturated": 5}
+    assert all(cell["requested"] == cell["made"] + cell["infeasible"] for cell in statistics["cells"])
+    assert sum(cell["rejected"] for cell in statistics["cells"]) == 9
+    images = list(rows(made, "images"))
+    assert sorted(row["index"] for row in images) == [i for i in range(IMAGES) if i not in PickyEngine.INFEASIBLE]
+    assert all(stamp(image_pixels(row)) == row["index"] for row in images)
+    assert sum(row["attempt"] for row in images) == 5
+    assert len(list(rows(made, "rejects"))) == 11
+    assert "2 of 22 images are infeasible" in capsys.readouterr().out
+    told = Progress.model_validate_json(made.store.read("progress.json"))
+    assert (told.state, told.images_done, told.images_made) == ("finished", IMAGES, IMAGES - 2)
+    assert told.cost == pytest.approx(told.engine_s / 1000)
 
 
 def test_another_plan_does_not_enter_the_folder(dataset: Artefact, module_store: str) -> None:

@@ -142,3 +142,9 @@ def test_a_report_names_the_cells_that_could_not_be_filled_and_counts_what_is_mi
     assert "age=77" in next(text for text in shown if "age=" in text)
     assert sum("age=" in text for text in shown) == 40
     assert len(cohort_report(few | {"infeasible": 0})) == 1
+
+
+def test_every_field_is_documented() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "generate.md").read_text(encoding="utf-8")
+    told = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert told == list(Progress.model_fields)
