@@ -15,7 +15,7 @@ from scanloom.attributes import Attributes
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models.probe_card import Check, Output, ProbeCard
 from scanloom.recipe import Quality, parse_recipe
-from scanloom.sampling.quality import PASSES, Agreement, Appearance, Levels, Verdict, levels, verdicts
+from scanloom.sampling.quality import PASSES, REASONS, Agreement, Appearance, Levels, Verdict, levels, verdicts
 from scanloom.scans.phantoms import phantom
 from tests.phantom_corpus import SCHEMA
 from tests.tiny_generator import SCHEMA as OTHER_SCHEMA
@@ -178,3 +178,9 @@ def test_a_privacy_gate_is_refused_as_long_as_there_is_none() -> None:
     }  # fmt: skip
     with pytest.raises(RecipeError, match=r"generate\.quality\.gate.*no privacy gates; leave it out"):
         parse_recipe(tree, "r.yaml")
+
+
+def test_every_reason_and_setting_is_documented() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "quality.md").read_text()
+    assert [reason for reason in REASONS if f"| `{reason}` |" not in page] == []
+    assert [key for key in Quality.model_fields if f"`{key}" not in page] == []
