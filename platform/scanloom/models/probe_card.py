@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ class Output(_Record):
     value: str | None
     """None: the attribute is a number."""
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.attribute if self.value is None else f"{self.attribute}={self.value}"
 
@@ -69,13 +70,13 @@ class Check(_Record):
     """Share of those scans that it would reject."""
     reason: Literal["", "no better than chance", "too few held-out scans"] = ""
 
-    @property
+    @cached_property
     def name(self) -> str:
         if self.value is None or self.present:
             return self.reading
         return f"{self.attribute} without {self.value}"
 
-    @property
+    @cached_property
     def reading(self) -> str:
         """Name of the output that it looks at."""
         return Output(attribute=self.attribute, value=self.value).name
@@ -105,14 +106,19 @@ class ProbeCard(_Record):
     readings: tuple[Reading, ...] = ()
     checks: tuple[Check, ...] = ()
 
-    @property
+    @cached_property
     def outputs(self) -> tuple[Output, ...]:
         """What the network's outputs mean, in their order."""
         return outputs_of(self.attributes)
 
+    @cached_property
+    def columns(self) -> Mapping[str, int]:
+        """Name of an output -> its place."""
+        return {output.name: place for place, output in enumerate(self.outputs)}
+
     def agreement(self, check: Check, outputs_O: NDArray[np.floating[Any]], asked: Attributes) -> float:
         """How much a reading agrees with a request: a likelihood, or minus the distance of a number."""
-        read = float(outputs_O[self.outputs.index(Output(attribute=check.attribute, value=check.value))])
+        read = float(outputs_O[self.columns[check.reading]])
         if check.value is None:
             wanted = asked[check.attribute]
             assert isinstance(wanted, float)
