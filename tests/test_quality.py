@@ -83,6 +83,13 @@ def test_levels_are_those_of_a_sorted_image(bits: int) -> None:
     assert levels(pixels, bits).black == pytest.approx(expected.black, abs=1e-12)
 
 
+def test_levels_of_a_large_image_are_those_of_a_grid_on_it() -> None:
+    drawn = phantom(5, 1, 128).pixels
+    large = np.kron(drawn, np.ones((8, 8), np.uint8))
+    assert large.shape == (1024, 1024)
+    assert levels(large, 8) == levels(drawn, 8)
+
+
 class Recorder:
     """Refuses what is asked for as `refuse`, and remembers what it saw."""
 
