@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
 from typing import Any
@@ -137,6 +138,32 @@ def test_every_sop_class_in_every_syntax_is_valid_and_gives_its_pixels_back(
         assert back.file_meta.TransferSyntaxUID == UIDS[syntax]
         np.testing.assert_array_equal(back.pixel_array.reshape(shape), pixels)
         assert render(pixels.copy(), instance) == file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sop_class", SOP_CLASSES)
+def test_a_thousand_files_of_a_sop_class_have_no_error(sop_class: Any) -> None:
+    def faults(number: int) -> list[str]:
+        rng = np.random.default_rng(number)
+        bits: Any = (12, 16, 8)[number % (3 if sop_class == "DX" else 2)]
+        instance = InstanceDescription(
+            f"{number:016x}", "demo", "ab" * 32, "chest", "cd" * 32, bits, float(rng.uniform(0.1, 2.0)), "20000101",
+            sex=(None, "F", "M", "O")[rng.integers(4)],
+            age_years=None if number % 7 == 0 else float(rng.uniform(0, 110)),
+            view=(None, "PA", "AP", "LL", "RL")[rng.integers(5)],
+            findings=(None, (), ("effusion",), ("cardiomegaly", "nodule"))[rng.integers(4)],
+            sop_class=sop_class,
+            transfer_syntax=SYNTAXES[number % len(SYNTAXES)],  # type: ignore[arg-type]
+        )  # fmt: skip
+        pixels = pixels_for(instance, *rng.integers(20, 90, 2).tolist(), number)
+        file = render(pixels, instance)
+        back = dcmread(io.BytesIO(file))
+        wrong = [] if np.array_equal(back.pixel_array, pixels) else ["pixels differ"]
+        return [*dciodvfy(file).errors, *map(str, violations(back)), *wrong]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [fault for faults_of_one in pool.map(faults, range(1000)) for fault in faults_of_one]
+    assert found == []
 
 
 @pytest.mark.parametrize("bits_stored", [8, 12, 16])

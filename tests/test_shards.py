@@ -345,6 +345,16 @@ def test_other_people_s_readers_open_a_dataset_and_decode_its_images(tmp_path: P
     assert found.fetchall() == [(4, "0.png")]
 
 
+def test_images_that_pil_cannot_open_are_left_to_others_as_bytes(tmp_path: Path) -> None:
+    pixels = _images(1)[0]
+    row = {"id": "0", "index": 0} | image_row(pixels, image_bytes(pixels, "jpeg-xl"), "jpeg-xl")
+    file = tmp_path / "shard.parquet"
+    file.write_bytes(parquet_bytes(pa.Table.from_pylist([row], dataset_schema(SCHEMA, "jpeg-xl"))))
+    loaded = datasets.load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded[0]["image"] == row["image"]
+    np.testing.assert_array_equal(image_pixels(loaded[0]), pixels)
+
+
 def test_every_schema_survives_parquet() -> None:
     schemas = [corpus_schema(SCHEMA), latents_schema(SCHEMA, (4, 8, 8)), dataset_schema(SCHEMA), QUARANTINE_SCHEMA]
     for schema in schemas:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from math import isfinite
 from typing import Literal
 
@@ -126,6 +127,7 @@ class InstanceDescription:
         return replace(self, image_id="0", sex=None, age_years=None, findings=None)
 
 
+@lru_cache(maxsize=4096)
 def instance_uid(
     plan_digest: str, image_id: str, kind: Literal["study", "series", "instance", "frame-of-reference"]
 ) -> str:
@@ -202,6 +204,7 @@ def _require(holds: object, message: str) -> None:
         raise ArtefactError(f"cannot be written as DICOM: {message}")
 
 
+@lru_cache(maxsize=64)
 def _is_date(text: str) -> bool:
     try:
         # Validators refuse other millennia as a slip of the pen.
