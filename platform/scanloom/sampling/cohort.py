@@ -53,9 +53,7 @@ def resolve(
             require_within(cell, envelope)
     if not tables:
         raise RecipeError("generate.cohort: no marginals; name at least one attribute")
-    coverage = corpus.coverage(tables)
-    if isinstance(cohort, AsCorpusCohort):
-        coverage = coverage.all_seen()
+    coverage = corpus.has_all(tables) if isinstance(cohort, AsCorpusCohort) else corpus.coverage(tables)
     if coverage.unseen:
         told = (*told, _sentence(coverage, corpus, images))
         # A balanced cohort has refused or left out what is unseen as a whole.
@@ -76,7 +74,7 @@ def _tables(
     if isinstance(cohort, BalancedCohort):
         cells, left_out = balanced(cohort, schema, envelope, corpus, images)
         return [cells], (left_out,) if left_out else ()
-    return [raised(cohort, schema, corpus, images) if cohort.least_share else list(corpus.cells)], ()
+    return [raised(cohort, schema, corpus, images) if cohort.least_share and corpus.cells else list(corpus.cells)], ()
 
 
 def _sentence(coverage: Coverage, corpus: CorpusTable, images: int) -> str:

@@ -36,13 +36,6 @@ class Coverage:
     example: Mapping[str, Wanted]
     """A combination of which none, or only a part, was seen; empty where all was."""
 
-    def all_seen(self) -> Coverage:
-        """The same, of a cohort that asks for what the corpus has by its nature.
-
-        Its spans end where the next bin begins, which by itself would count as asking for that too.
-        """
-        return Coverage(0.0, tuple(tuple(0.0 for _ in cells) for cells in self.unseen_by_cell), self.scans, {})
-
 
 class CorpusTable:
     """The joint table of a corpus; a cell's `share` is its number of scans."""
@@ -111,15 +104,24 @@ class CorpusTable:
         """
         weighted = [_normalised(table) for table in tables]
         seen = self._seen(weighted)
-        scans = tuple(tuple(self.scans_in(cell.values) for cell in table) for table in tables)
         unseen = max(0.0, 1.0 - math.fsum(seen[0]))
         if unseen < _NOTHING:
-            return Coverage(0.0, tuple(tuple(0.0 for _ in table) for table in tables), scans, {})
+            return self.has_all(tables)
         by_cell = tuple(
             tuple(max(0.0, 1.0 - part / weight) if weight else 0.0 for part, (_, weight) in zip(*pair, strict=True))
             for pair in zip(seen, weighted, strict=True)
         )
-        return Coverage(unseen, by_cell, scans, self._example(weighted))
+        return Coverage(unseen, by_cell, self._scans(tables), self._example(weighted))
+
+    def has_all(self, tables: Sequence[Sequence[Cell]]) -> Coverage:
+        """The coverage of a cohort that asks for what the corpus has by its nature.
+
+        Its spans may end where the next bin begins, which `coverage` would take as asking for that too.
+        """
+        return Coverage(0.0, tuple(tuple(0.0 for _ in table) for table in tables), self._scans(tables), {})
+
+    def _scans(self, tables: Sequence[Sequence[Cell]]) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(self.scans_in(cell.values) for cell in table) for table in tables)
 
     def _example(self, tables: list[list[Weighted]]) -> dict[str, Wanted]:
         # The method of conditional expectations: of each table in turn the cell with which most is unseen.
