@@ -169,7 +169,6 @@ def _span(declaration: AttributeDeclaration, ends: Sequence[object]) -> Span:
 
 
 def _checked(declaration: AttributeDeclaration, value: object) -> Value:
-    # Validating a declaration anew for each of many values would take most of the time.
-    return AttributeSchema.model_construct(declarations=(declaration,)).check({declaration.name: value})[
+    return AttributeSchema(declarations=(declaration,)).check({declaration.name: value})[
         declaration.name
     ]
