@@ -23,6 +23,7 @@ from scanloom.recipe_cohort import BalancedCohort, Pair, TableCohort
 from scanloom.sampling.cell import Cell, Span
 from scanloom.sampling.cohort import Resolved, resolve
 from scanloom.sampling.draw import draw, quotas
+from scanloom.store import Store
 
 BASE = open_artefact("embedded://base").manifest.statistics
 SCHEMA = AttributeSchema.model_validate(BASE["schema"])
@@ -88,6 +89,12 @@ def test_a_relative_uri_is_found_from_here(tmp_path: Path, monkeypatch: pytest.M
     written(tmp_path, CSV)
     monkeypatch.chdir(tmp_path)
     assert len(rows(TableCohort(uri="cohort.csv"), 10)) == 10
+
+
+@pytest.mark.s3
+def test_a_table_in_s3_is_read_like_a_local_one(tmp_path: Path, store_uri: str) -> None:
+    Store(store_uri).write("orders/cohort.csv", CSV.encode())
+    assert order(TableCohort(uri=f"{store_uri}/orders/cohort.csv"), 10) == order(written(tmp_path, CSV), 10)
 
 
 @pytest.mark.parametrize(

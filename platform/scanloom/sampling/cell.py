@@ -169,6 +169,4 @@ def _span(declaration: AttributeDeclaration, ends: Sequence[object]) -> Span:
 
 
 def _checked(declaration: AttributeDeclaration, value: object) -> Value:
-    return AttributeSchema(declarations=(declaration,)).check({declaration.name: value})[
-        declaration.name
-    ]
+    return AttributeSchema(declarations=(declaration,)).check({declaration.name: value})[declaration.name]
