@@ -69,14 +69,14 @@ def test_a_csv_with_counts_is_made_to_the_image(tmp_path: Path) -> None:
 
 def test_csv_parquet_and_cells_that_say_the_same_are_the_same_order(tmp_path: Path) -> None:
     by_csv = order(written(tmp_path, CSV.replace("count", "share"))).tables
-    told = [
+    told: list[dict[str, Any]] = [
         {"sex": "F", "age": "60-79", "findings": ["Effusion"], "view": "PA", "share": 3.0},
         {"sex": "F", "age": "60-79", "findings": [], "view": None, "share": 1.0},
         {"sex": "M", "age": "45", "findings": ["Effusion", "Nodule"], "view": "AP", "share": 6.0},
     ]
     pq.write_table(pa.Table.from_pylist(told), tmp_path / "cohort.parquet")
     assert order(TableCohort(uri=str(tmp_path / "cohort.parquet"))).tables == by_csv
-    assert order(CellsCohort(cells=told)).tables == by_csv
+    assert order(CellsCohort(cells=tuple(told))).tables == by_csv
 
 
 def test_parquet_numbers_and_their_nan_are_numbers_and_unknown(tmp_path: Path) -> None:
@@ -274,7 +274,11 @@ def test_pairs_at_odds_with_each_other_are_refused() -> None:
 
 
 def test_marginals_that_the_corpus_zeros_forbid_are_refused_by_name() -> None:
-    marginals = {"sex": {"F": 1}, "age": {"80-89": 0.9, "20-29": 0.1}, "findings": {"Effusion": 0.8, "none": 0.2}}
+    marginals: dict[str, Any] = {
+        "sex": {"F": 1},
+        "age": {"80-89": 0.9, "20-29": 0.1},
+        "findings": {"Effusion": 0.8, "none": 0.2},
+    }
     with pytest.raises(ArtefactError) as caught:
         order(MarginalsCohort(marginals=marginals, dependence="corpus"), cells=GAP)
     assert "of the images" in str(caught.value)
@@ -424,7 +428,7 @@ def test_more_than_all_is_refused() -> None:
 
 # --- the same for ever ----------------------------------------------------------------------------------------
 
-PINNED = {
+PINNED: dict[str, Cohort] = {
     "independent": MarginalsCohort(marginals={"sex": SEX, "age": {"uniform": [30, 70]}, "findings": FINDINGS}),
     "corpus": MarginalsCohort(
         marginals={"sex": SEX, "age": {"uniform": [30, 70]}, "findings": FINDINGS}, dependence="corpus"

@@ -57,7 +57,7 @@ def test_an_unseen_combination_of_seen_values_is_found_and_named() -> None:
     found = table.coverage([[cell(3, sex="F", age=[80, 89], findings=("Effusion",)), cell(1, sex="F", age=[60, 69])]])
     assert found.unseen == pytest.approx(0.75)
     assert found.unseen_by_cell == ((1.0, 0.0),)
-    assert found.scans == ((0.0, pytest.approx(0.5)),)
+    assert found.scans[0] == pytest.approx((0.0, 0.5))
     assert found.example == {"sex": "F", "age": Span(low=80, high=89), "findings": ("Effusion",)}
 
 
