@@ -100,7 +100,7 @@ def shown_value(value: Wanted) -> str:
         return f"{value:g}"
     if isinstance(value, tuple):
         return "+".join(value) or NO_LABEL
-    return "unknown" if value is None else value
+    return "unknown" if value is None else str(value)
 
 
 def require_within(cell: Cell, envelope: Envelope) -> None:
