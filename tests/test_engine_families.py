@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,13 @@ def test_on_one_thread_no_family_lets_rows_share_their_fate(
         assert is_batch_invariant(load_generator(str(folders[family]), precision=precision), 8)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_example_of_the_engines_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "engine.md").read_text()
+    [example] = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    exec(compile(example, "docs/engine.md", "exec"), {})
+    assert sorted(capsys.readouterr().out.splitlines()) == [f"{index} (1, 64, 64)" for index in range(4)]
 
 
 @pytest.mark.slow

@@ -168,13 +168,11 @@ class Batch:
         return torch.cat(outputs).float()
 
     def _take_finished(self) -> list[tuple[ImageRequest, Tensor]]:
-        finished = [
-            (image.request, latent)
-            for image, latent in zip(self._running, self._latents, strict=True)
-            if image.position == image.trajectory.steps
-        ]
-        if finished:
-            self._keep([n for n, image in enumerate(self._running) if image.position < image.trajectory.steps])
+        places = range(len(self._running))
+        done = [n for n in places if self._running[n].position == self._running[n].trajectory.steps]
+        finished = [(self._running[n].request, self._latents[n]) for n in done]
+        if done:
+            self._keep([n for n in places if n not in done])
         return finished
 
     def _keep(self, places: Sequence[int]) -> None:
