@@ -102,16 +102,17 @@ class Decoder:
         latents = torch.stack([latent for _, latent in entries])
         idle = self._batch - len(entries)
         latents = torch.cat([latents, latents[:1].expand(idle, *latents.shape[1:])]) if idle else latents
-        copied = None
         if self._stream is not None:
             # The latents come from the denoiser's stream, whose allocator must not reuse them before they are read.
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
             latents.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             images = self._decode(latents)[: len(entries)].float().to("cpu", non_blocking=True)
-            if self._stream is not None:
-                copied = self._stream.record_event()
-        self._under_way.append(_UnderWay([request for request, _ in entries], images, copied))
+        self._under_way.append(_UnderWay([request for request, _ in entries], images, self._copied()))
+
+    def _copied(self) -> torch.cuda.Event | None:
+        """Done once all is that the stream has been given so far; None: it is already."""
+        return None if self._stream is None else self._stream.record_event()
 
     def _collect(self, at_least: int) -> None:
         """Move what is decoded out of what is under way, in order; wait for the first `at_least` batches."""
