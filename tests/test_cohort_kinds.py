@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scanloom.artefact import open_artefact
@@ -225,6 +225,7 @@ def test_several_correlations_hold_at_once_with_exact_marginals() -> None:
     assert sum(nodule) == 2000
 
 
+@settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.integers(1, 9), min_size=2, max_size=2),
     st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any),

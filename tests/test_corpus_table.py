@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scanloom.sampling.cell import Cell, Span
@@ -85,6 +85,7 @@ def in_bin(age: int | None, low: int, lows: set[int]) -> bool:
     return age is None or low <= age < low + 10 or (age == low + 10 and age not in lows)
 
 
+@settings(deadline=None)
 @given(BOXES, st.lists(ASKED, min_size=1, max_size=5))
 def test_a_joint_table_is_unseen_as_counting_every_age_says(boxes: set[Any], asked: list[Any]) -> None:
     table = corpus(*(cell(sex=s, findings=f, age=[low, low + 10]) for s, f, low in sorted(boxes)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scanloom.sampling.draw import quotas
@@ -32,6 +32,7 @@ def axes(shape: tuple[int, ...]) -> Any:
     return np.stack([code.ravel() for code in np.indices(shape)], axis=1)
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 20), st.floats(0.05, 0.95), st.floats(0.05, 0.95))
 def test_two_by_two_is_placketts_closed_form(odds_ratio: float, p: float, q: float) -> None:
     table, misfit = fit_pair(np.array([[odds_ratio, 1.0], [1.0, 1.0]]), margin(p, 1 - p), margin(q, 1 - q))
@@ -39,6 +40,7 @@ def test_two_by_two_is_placketts_closed_form(odds_ratio: float, p: float, q: flo
     assert table[0, 0] == pytest.approx(plackett(odds_ratio, p, q), abs=1e-7)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(SHARES, min_size=3, max_size=3), min_size=4, max_size=4), st.data())
 def test_fitting_meets_margins_and_keeps_every_odds_ratio(rows: list[list[float]], data: st.DataObject) -> None:
     seed = np.array(rows)
@@ -97,6 +99,7 @@ def test_what_the_margins_do_not_allow_is_none() -> None:
     assert pair_of_correlation(margin(0.3, 0.7), margin(0.4, 0.6), np.array([0.0, 1]), np.array([0.0, 1]), 0.85) is None
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5000), st.data())
 def test_whole_images_have_exact_margins_near_the_table_and_nothing_where_it_has_nothing(
     images: int, data: st.DataObject
