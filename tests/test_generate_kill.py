@@ -16,6 +16,7 @@ from tests.killing import Hosts, Trial, Victim, require_equal, require_readable,
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 TRIALS = 54
+MOST_ATTEMPTS = 4
 VICTIMS: tuple[Victim, ...] = ("driver", "engine", "writer", "host")
 
 
@@ -32,26 +33,34 @@ def undisturbed(hosts: Hosts, bucket: str, tmp_path_factory: pytest.TempPathFact
     return trial.dataset()
 
 
-def _trial(folder: Path, hosts: Hosts, bucket: str, **environment: str) -> Trial:
+def _trial(folder: Path, hosts: Hosts, bucket: str | None, **environment: str) -> Trial:
     hosts.fill()
-    store = f"s3://{bucket}/kill-{os.getpid()}-{folder.name}"
+    store = f"s3://{bucket}/kill-{os.getpid()}-{folder.name}" if bucket else str(folder / "store")
     return Trial(folder, store, {"RAY_ADDRESS": hosts.address} | environment)
 
 
-def _kill(folder: Path, hosts: Hosts, bucket: str, undisturbed: Artefact, seed: int) -> None:
-    """A driver is killed or not, then the seed's victim; what is left is made by jobs that nobody disturbs."""
+def _kill(folder: Path, hosts: Hosts, bucket: str | None, undisturbed: Artefact, seed: int) -> None:
+    """A driver is killed or not, then the seed's victim; what is left is made by a job that nobody disturbs.
+
+    Again where a victim had ended by itself before it was found: such a trial proves nothing.
+    """
     chance = random.Random(seed)
-    trial = _trial(folder, hosts, bucket)
-    victims: list[Victim] = ["driver"] * chance.randrange(2) + [VICTIMS[seed % len(VICTIMS)]]
-    for victim in victims:
+    for attempt in range(MOST_ATTEMPTS):
+        place = folder / f"{folder.name}-{attempt}"
+        place.mkdir()
+        trial = _trial(place, hosts, bucket)
+        victims: list[Victim] = ["driver"] * chance.randrange(2) + [VICTIMS[seed % len(VICTIMS)]]
+        for victim in victims:
+            if not trial.finished():
+                trial.disturb(victim, chance, hosts)
+                require_readable(trial)
         if not trial.finished():
-            trial.disturb(victim, chance, hosts)
-            require_readable(trial)
-    if not trial.finished():
-        hosts.fill()
-        trial.run()
-    require_equal(trial.dataset(), undisturbed)
-    assert trial.kills.total() >= 1  # a trial whose victims had all ended by themselves proves nothing
+            hosts.fill()
+            trial.run()
+        require_equal(trial.dataset(), undisturbed)
+        if trial.kills[VICTIMS[seed % len(VICTIMS)]]:
+            return
+    pytest.fail(f"no {VICTIMS[seed % len(VICTIMS)]} was ever found alive")
 
 
 def _fail_network(folder: Path, hosts: Hosts, bucket: str, s3: EmbeddedS3, undisturbed: Artefact, seed: int) -> None:
@@ -67,7 +76,7 @@ def _fail_network(folder: Path, hosts: Hosts, bucket: str, s3: EmbeddedS3, undis
         assert len(proxy.injected) > 10
 
 
-def _rival(folder: Path, hosts: Hosts, bucket: str, undisturbed: Artefact, seed: int) -> None:
+def _rival(folder: Path, hosts: Hosts, bucket: str | None, undisturbed: Artefact) -> None:
     trial = _trial(folder, hosts, bucket)
     jobs = [trial.start() for _ in range(2)]
     for job in jobs:
@@ -76,14 +85,14 @@ def _rival(folder: Path, hosts: Hosts, bucket: str, undisturbed: Artefact, seed:
     require_equal(trial.dataset(), undisturbed)
 
 
-def test_a_lost_host_and_a_killed_driver_lose_and_repeat_nothing(
+def test_a_lost_host_loses_and_repeats_nothing(
     tmp_path: Path, hosts: Hosts, bucket: str, undisturbed: Artefact
 ) -> None:
     _kill(tmp_path, hosts, bucket, undisturbed, seed=3)
 
 
 def test_two_drivers_at_once_make_one_dataset(tmp_path: Path, hosts: Hosts, bucket: str, undisturbed: Artefact) -> None:
-    _rival(tmp_path, hosts, bucket, undisturbed, seed=0)
+    _rival(tmp_path, hosts, bucket, undisturbed)
 
 
 @pytest.mark.slow
@@ -91,9 +100,10 @@ def test_two_drivers_at_once_make_one_dataset(tmp_path: Path, hosts: Hosts, buck
 def test_whatever_dies_the_dataset_is_the_undisturbed_one(
     tmp_path: Path, hosts: Hosts, bucket: str, s3: EmbeddedS3, undisturbed: Artefact, seed: int
 ) -> None:
+    place = bucket if seed % 3 == 0 else None  # the others into a folder
     if seed % 6 == 4:
         _fail_network(tmp_path, hosts, bucket, s3, undisturbed, seed)
     elif seed % 6 == 5:
-        _rival(tmp_path, hosts, bucket, undisturbed, seed)
+        _rival(tmp_path, hosts, place, undisturbed)
     else:
-        _kill(tmp_path, hosts, bucket, undisturbed, seed)
+        _kill(tmp_path, hosts, place, undisturbed, seed)
