@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save
 
-from scanloom.artefact import Artefact
+from scanloom.artefact import Artefact, FileEntry, publish
+from scanloom.attributes import Attributes
 from scanloom.errors import ArtefactError
-from scanloom.recipe import CellsCohort, Generate
+from scanloom.models.attribute_probe import ProbeNetwork, load_probe
+from scanloom.models.probe_card import CARD, WEIGHTS, Check, ProbeCard
+from scanloom.recipe import CellsCohort, Generate, Quality
 from scanloom.sampling import production
+from scanloom.sampling.dataset import rows_to_bytes
 from scanloom.sampling.engine import Engine
 from scanloom.sampling.noise import gaussian_noise
 from scanloom.sampling.plan import Plan, compile_plan, specify
 from scanloom.sampling.production import GIVE_UP_AFTER, Produced, ShardEngine, produce, request
-from scanloom.sampling.quality import Appearance, Judge
+from scanloom.sampling.quality import PASSES, Appearance, Judge, Verdict
+from scanloom.store import Store
 from tests.faulty_generator import FaultyGenerator
-from tests.tiny_generator import STATISTICS, publish_generator
+from tests.tiny_generator import SCHEMA, STATISTICS, publish_generator
 
 EFFUSION, HOPELESS, NORMAL = ["Effusion"], ["Cardiomegaly"], list[str]()
 
@@ -30,7 +37,7 @@ def plan_of(shares: Sequence[tuple[list[str], int]], *, attempts: int = 8, slots
     images = sum(share for _, share in shares)
     section = Generate(
         images=images, images_per_shard=images, cohort=CellsCohort(cells=cells), steps=1, guidance_scale=1.0,
-        slots=slots, seed=seed, quality={"attempts": attempts},
+        slots=slots, seed=seed, quality=Quality(attempts=attempts),
     )  # fmt: skip
     return compile_plan(specify(section, "faulty", "f" * 64, STATISTICS))
 
@@ -139,9 +146,9 @@ class _Choosy:
     def __init__(self, middle: float) -> None:
         self._middle = middle
 
-    def __call__(self, pixels: np.ndarray[Any, Any], requested: Sequence[Mapping[str, Any]]) -> list[Any]:
-        passing, failing = production.Verdict(), production.Verdict("gate", {"mean": 0.0})
-        return [passing if image.mean() > self._middle else failing for image in pixels]
+    def __call__(self, pixels: np.ndarray[Any, Any], requested: Sequence[Attributes]) -> list[Verdict]:
+        refused = Verdict("gate", {"least": self._middle})
+        return [PASSES if image.mean() > self._middle else refused for image in pixels]
 
 
 def test_a_real_generators_image_comes_again_from_the_attempt_that_entered(tmp_path: Path) -> None:
@@ -170,3 +177,49 @@ def test_a_plan_that_a_probe_checks_is_not_made_without_it(tmp_path: Path) -> No
         production.judges(spec, None, "cpu")
     with pytest.raises(ArtefactError, match="no artefact here"):
         production.judges(spec, str(tmp_path), "cpu")
+
+
+def publish_probe(uri: str, limit: float) -> Artefact:
+    """A probe with random weights that refuses every request for F of which it reads less than `limit`."""
+    check = Check(attribute="sex", value="F", scans=100, limit=limit, rejected_share=0.02)
+    card = ProbeCard(
+        name="random", attributes=SCHEMA, size_px=16, channels=(8,), scales={"age": (50.0, 10.0)},
+        false_reject_share=0.02, trained_scans=1, held_out_scans=1, checks=(check,),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = ProbeNetwork(card.channels, len(card.outputs))
+    store = Store(uri)
+    store.write(WEIGHTS, save(network.state_dict()))
+    store.write(CARD, card.model_dump_json().encode())
+    files = [FileEntry.of(store.digest(name)) for name in (WEIGHTS, CARD)]
+    return publish(store, kind="probe", name="random", recipe={}, inputs=[], files=files, statistics={})
+
+
+def test_what_a_plans_probe_disagrees_with_does_not_enter(tmp_path: Path) -> None:
+    generator = publish_generator(str(tmp_path / "generator"))
+    section = Generate(
+        images=12, images_per_shard=12, slots=4, steps=2, quality=Quality(attempts=40),
+        cohort=CellsCohort(cells=({"sex": "F", "share": 1}, {"sex": "M", "share": 1})),
+    )  # fmt: skip
+    free = compile_plan(specify(section, "tiny", generator.digest, STATISTICS))
+    anything = ShardEngine(free.spec, generator.uri, "cpu", 1)({"shard": 0, "rows": rows_to_bytes(free.rows(0))})
+    reader = load_probe(publish_probe(str(tmp_path / "reader"), 0.0).uri)
+    read = reader.read(np.frombuffer(anything["pixels"], np.uint8).reshape(12, 16, 16), 8)[:, 0]
+    limit = float(np.median(read))
+
+    probe = publish_probe(str(tmp_path / "probe"), limit)
+    plan = compile_plan(specify(section, "tiny", generator.digest, STATISTICS, probe.digest))
+    assert plan.digest != free.digest
+    made = ShardEngine(plan.spec, generator.uri, "cpu", 1, probe.uri)({"shard": 0, "rows": rows_to_bytes(plan.rows(0))})
+    lost = {reject["index"] for reject in made["rejects"] if reject["reason"] == "infeasible"}
+    rows = [row for row in plan.rows(0).to_pylist() if row["index"] not in lost]
+    pixels = np.frombuffer(made["pixels"], np.uint8).reshape(-1, 16, 16)
+    read = reader.read(pixels, 8)[:, 0]
+    assert [bool(value >= limit) for value, row in zip(read, rows, strict=True) if row["sex"] == "F"].count(False) == 0
+    refused = [reject for reject in made["rejects"] if reject["reason"] == "disagrees"]
+    assert refused
+    assert {tuple(reject["figures"]) for reject in refused} == {("sex=F", "least")}
+    asked = {row["index"]: row["sex"] for row in plan.rows(0).to_pylist()}
+    assert {asked[reject["index"]] for reject in refused} == {"F"}
+    with pytest.raises(ArtefactError, match="say where it lies"):
+        ShardEngine(plan.spec, generator.uri, "cpu", 1)

@@ -151,7 +151,7 @@ def blank_card(job: ProbeJob, train: Scans, held_out: int) -> ProbeCard:
     scales = {}
     for declaration in job.attributes.declarations:
         if isinstance(declaration, NumberAttribute):
-            values = [value for row in train.attributes if isinstance(value := row[declaration.name], float)]
+            values = _numbers(train, declaration.name)
             spread = float(np.std(values)) if values else 0.0
             scales[declaration.name] = (float(np.mean(values)) if values else 0.0, spread or 1.0)
     return ProbeCard(
@@ -168,12 +168,14 @@ def judged(card: ProbeCard, network: ProbeNetwork, held_out: Scans, train: Scans
     parts = [told(card, network(part.float().to(device))).cpu() for part in held_out.images_N1SS.split(READING_BATCH)]
     network.train()
     outputs_NO = torch.cat(parts).numpy()
-    medians = {
-        name: float(np.median([row[name] for row in train.attributes if row[name] is not None] or [0.0]))
-        for name in card.scales
-    }
+    medians = {name: float(np.median(_numbers(train, name) or [0.0])) for name in card.scales}
     card = card.model_copy(update={"readings": readings(card, outputs_NO, held_out.attributes, medians)})
     return card.model_copy(update={"checks": checks(card, outputs_NO, held_out.attributes)})
+
+
+def _numbers(scans: Scans, name: str) -> list[float]:
+    """What is known of a number attribute."""
+    return [value for row in scans.attributes if isinstance(value := row[name], float)]
 
 
 def moved(images_B1SS: Tensor, where: Sequence[int], job: ProbeJob) -> Tensor:
