@@ -287,6 +287,17 @@ def test_marginals_that_the_corpus_zeros_forbid_are_refused_by_name() -> None:
     assert order(MarginalsCohort(marginals=marginals), cells=GAP).coverage.unseen == pytest.approx(0.72)
 
 
+def test_marginals_that_only_fractions_of_images_could_have_are_refused() -> None:
+    had = [("F", "PA", ["Nodule"]), ("F", "AP", []), ("M", "PA", []), ("M", "AP", ["Nodule"])]
+    cells = [{"sex": sex, "view": view, "findings": findings, "count": 5} for sex, view, findings in had]
+    marginals = {"sex": {"F": 1, "M": 1}, "view": {"PA": 1, "AP": 1}, "findings": {"none": 1, "Nodule": 1}}
+    cohort = MarginalsCohort(marginals=marginals, dependence="corpus")
+    assert set(counts(rows(cohort, 4, cells), "sex", "view", "findings").values()) == {1}
+    # Two images would have to differ in all three, and no two of these do.
+    with pytest.raises(ArtefactError, match="no 2 whole images have these marginals of sex, view, findings"):
+        order(cohort, 2, cells)
+
+
 def test_a_pair_says_one_thing() -> None:
     for bad in ({"of": ["sex", "age"]}, {"of": ["sex", "sex"], "correlation": 0.1}):
         with pytest.raises(ValueError, match="pair"):

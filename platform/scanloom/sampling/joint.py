@@ -117,10 +117,17 @@ def whole_images(table: Floats, codes: Ints, quotas: Sequence[Ints]) -> Ints | N
 
     `codes` [cells, attributes] is each cell's value of each attribute, `quotas` per attribute the images of each value.
     Attribute by attribute, what is decided so far is the rows of a two-way table whose columns are the next one's
-    values; of a two-way table each entry can be rounded up or down so that all sums stay (Bacharach 1966).
+    values; of a two-way table each entry can be rounded up or down so that all sums stay (Bacharach 1966). With many
+    zeros and few images a first choice can leave nothing for the last attribute; then another one begins.
     """
-    total = int(quotas[0].sum())
-    decided, images = np.zeros(len(table), dtype=np.int64), np.array([total])
+    places = list(range(len(quotas)))
+    orders = (places[start:] + places[:start] for start in places)
+    tried = (_one_by_one(table, codes[:, order], [quotas[place] for place in order]) for order in orders)
+    return next((images for images in tried if images is not None), None)
+
+
+def _one_by_one(table: Floats, codes: Ints, quotas: Sequence[Ints]) -> Ints | None:
+    decided, images = np.zeros(len(table), dtype=np.int64), np.array([int(quotas[0].sum())])
     for place, wanted in enumerate(quotas):
         alive = (images[decided] > 0) & (table > 0)
         pairs, edge = np.unique(decided * len(wanted) + codes[:, place], return_inverse=True)
