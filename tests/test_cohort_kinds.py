@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from scanloom.artefact import open_artefact
 from scanloom.attributes import AttributeSchema, Envelope
 from scanloom.errors import ArtefactError, RecipeError, StoreError
-from scanloom.recipe import AsCorpusCohort, CellsCohort, Cohort, MarginalsCohort
-from scanloom.recipe_cohort import BalancedCohort, Pair, TableCohort
+from scanloom.recipe import AsCorpusCohort, BalancedCohort, CellsCohort, Cohort, MarginalsCohort, TableCohort
+from scanloom.recipe_cohort import Pair
 from scanloom.sampling.cell import Cell, Span
 from scanloom.sampling.cohort import Resolved, resolve
 from scanloom.sampling.draw import draw, quotas

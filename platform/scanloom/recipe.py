@@ -16,9 +16,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from scanloom.errors import RecipeError
 from scanloom.recipe_cohort import AsCorpusCohort as AsCorpusCohort
+from scanloom.recipe_cohort import BalancedCohort as BalancedCohort
 from scanloom.recipe_cohort import CellsCohort as CellsCohort
 from scanloom.recipe_cohort import Cohort as Cohort
 from scanloom.recipe_cohort import MarginalsCohort as MarginalsCohort
+from scanloom.recipe_cohort import TableCohort as TableCohort
 from scanloom.recipe_denoiser import AttributeUnet as AttributeUnet
 from scanloom.recipe_generate import Dicom as Dicom
 from scanloom.recipe_generate import Generate as Generate

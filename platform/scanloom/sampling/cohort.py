@@ -13,8 +13,7 @@ from typing import Any
 
 from scanloom.attributes import AttributeSchema, Envelope
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.recipe import AsCorpusCohort, CellsCohort, Cohort, MarginalsCohort
-from scanloom.recipe_cohort import BalancedCohort, TableCohort
+from scanloom.recipe import AsCorpusCohort, BalancedCohort, CellsCohort, Cohort, MarginalsCohort, TableCohort
 from scanloom.sampling.cell import Cell, CohortTables, clipped, parse_cell, require_within, shown
 from scanloom.sampling.cohort_file import read_cells
 from scanloom.sampling.corpus_table import CorpusTable, Coverage

@@ -12,8 +12,7 @@ from itertools import product
 
 from scanloom.attributes import NO_LABEL, AttributeSchema, Envelope
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.recipe import AsCorpusCohort, LabelsAttribute, NumberAttribute, nearest
-from scanloom.recipe_cohort import BalancedCohort
+from scanloom.recipe import AsCorpusCohort, BalancedCohort, LabelsAttribute, NumberAttribute, nearest
 from scanloom.sampling.cell import MOST_CELLS, Cell, Span, Wanted, parse_value, shown, split
 from scanloom.sampling.corpus_table import CorpusTable, merged
 from scanloom.sampling.draw import quotas
