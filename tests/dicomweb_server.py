@@ -136,8 +136,10 @@ class DicomWebServer:
             for part in parts:
                 dataset = pydicom.dcmread(io.BytesIO(part))
                 uid = str(dataset.SOPInstanceUID)
-                item = {tag: {"vr": "UI", "Value": [str(dataset[tag].value)]} for tag in ("00080016", "00080018")}
-                item = {"00081150": item["00080016"], "00081155": item["00080018"]}
+                item: dict[str, Any] = {
+                    "00081150": {"vr": "UI", "Value": [str(dataset.SOPClassUID)]},
+                    "00081155": {"vr": "UI", "Value": [uid]},
+                }
                 if self.refusals.get(uid):
                     failed.append(item | {"00081197": {"vr": "US", "Value": [self.refusals[uid].pop(0)]}})
                     continue

@@ -148,7 +148,8 @@ def test_several_threads_share_one(server: DicomWebServer) -> None:
 
 
 def test_the_pace_is_kept_over_all_threads(server: DicomWebServer) -> None:
-    now, slept = 100.0, []
+    now = 100.0
+    slept: list[float] = []
     pace = Pace(10.0, clock=lambda: now, sleep=slept.append)
     one = stow(server, pace=pace)
     for batch in (instances(5), instances(2), instances(1)):

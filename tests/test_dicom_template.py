@@ -14,20 +14,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread, dcmwrite
-from pydicom.pixels import apply_modality_lut
+from pydicom.pixels.processing import apply_modality_lut
 
 from scanloom.dicom.checks import dciodvfy, violations
 from scanloom.dicom.encapsulated import UIDS, items
 from scanloom.dicom.synthetic import InstanceDescription, Pixels, build
 from scanloom.dicom.template import render
 from scanloom.errors import ArtefactError
+from scanloom.recipe_generate import SopClass, TransferSyntax
 
 NAMES = st.text("abcXYZ019._-", min_size=1, max_size=80)
 LABELS = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=30)
 
 
-SOP_CLASSES = ("DX", "CT", "MR")
-SYNTAXES = ("native", "rle", "jpeg-ls", "htj2k")
+SOP_CLASSES: tuple[SopClass, ...] = ("DX", "CT", "MR")
+SYNTAXES: tuple[TransferSyntax, ...] = ("native", "rle", "jpeg-ls", "htj2k")
 
 
 @st.composite
@@ -153,9 +154,10 @@ def test_a_thousand_files_of_a_sop_class_have_no_error(sop_class: Any) -> None:
             view=(None, "PA", "AP", "LL", "RL")[rng.integers(5)],
             findings=(None, (), ("effusion",), ("cardiomegaly", "nodule"))[rng.integers(4)],
             sop_class=sop_class,
-            transfer_syntax=SYNTAXES[number % len(SYNTAXES)],  # type: ignore[arg-type]
+            transfer_syntax=SYNTAXES[number % len(SYNTAXES)],
         )  # fmt: skip
-        pixels = pixels_for(instance, *rng.integers(20, 90, 2).tolist(), number)
+        rows, columns = rng.integers(20, 90, 2).tolist()
+        pixels = pixels_for(instance, rows, columns, number)
         file = render(pixels, instance)
         back = dcmread(io.BytesIO(file))
         wrong = [] if np.array_equal(back.pixel_array, pixels) else ["pixels differ"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import imagecodecs
 import jpeg_ls
@@ -37,7 +38,7 @@ def items(pixels: Pixels, bits_stored: int, syntax: TransferSyntax) -> bytes:
     """
     if syntax == "native":
         raise ValueError("native Pixel Data has no items")
-    frame = _ENCODERS[syntax](np.ascontiguousarray(pixels), bits_stored)
+    frame = _ENCODERS[syntax](cast(Pixels, np.ascontiguousarray(pixels)), bits_stored)
     frame += b"\0" * (len(frame) % 2)
     return b"".join((_ITEM, bytes(4), _ITEM, len(frame).to_bytes(4, "little"), frame))
 

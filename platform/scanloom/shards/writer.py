@@ -23,7 +23,7 @@ Buffer = bytes | memoryview
 _DEFLATED = {"level": 1, "strategy": imagecodecs.PNG.STRATEGY.RLE, "filter": imagecodecs.PNG.FILTER.PAETH}
 # The plainer filter takes half of the time where nothing else does; zstd then needs 1 to 3 % more space.
 _STORED = {"level": 0, "filter": imagecodecs.PNG.FILTER.UP}
-_JPEG_XL = {"lossless": True, "effort": 1, "numthreads": 1}
+_JPEG_XL: Mapping[str, Any] = {"lossless": True, "effort": 1, "numthreads": 1}
 
 
 def parquet_bytes(table: pa.Table, *, stored: Sequence[str] = ()) -> bytes:
