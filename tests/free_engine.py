@@ -8,6 +8,8 @@ python -m tests.free_engine RECIPE runs jobs.generate with it.
 from __future__ import annotations
 
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
@@ -23,6 +25,8 @@ from scanloom.scans.phantoms import phantom
 from scanloom.store import Store
 
 DISTINCT = 8
+STARTS = "starts"
+"""Folder of the generator where each engine notes when its first call came, in seconds since 1970."""
 STAMP = 8
 """Pixels at the start of an image that hold its number, four bits each, most significant first."""
 
@@ -54,7 +58,9 @@ class FreeEngine(EngineActor):
 
     @cached_property
     def _engine(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        size_px = open_artefact(self._arguments[1], "generator").manifest.statistics["size_px"]
+        generator = open_artefact(self._arguments[1], "generator")
+        generator.store.write(f"{STARTS}/{uuid.uuid4().hex}", str(time.time()).encode())
+        size_px = generator.manifest.statistics["size_px"]
         bits = self._spec.bits_stored
         dtype = np.uint8 if bits == 8 else np.uint16
         # Phantoms of 12 bits with their grain; the lowest of 16 bits stay empty, as they do in detectors of 12.
