@@ -193,4 +193,4 @@ def test_a_recipe_is_frozen(file: Path) -> None:
 
 def test_every_field_is_typed_for_editors() -> None:
     properties = Recipe.model_json_schema()["$defs"]["Generate"]["properties"]
-    assert properties["solver"]["enum"] == ["ddim", "dpmpp-2m"]
+    assert properties["solver"]["enum"] == ["ddim", "dpmpp-2m", "euler"]
