@@ -245,6 +245,13 @@ def test_dicom_says_what_was_asked_for_by_name_or_by_keyword(names: tuple[str, .
     assert (nothing.sex, nothing.age_years, nothing.view, nothing.findings) == (None, None, None, None)
 
 
+def test_an_age_in_months_is_not_told_as_one_in_years() -> None:
+    declarations = [d.model_copy(update={"unit": "months"} if d.name == "age" else {}) for d in SCHEMA.declarations]
+    schema = AttributeSchema(declarations=tuple(declarations))
+    spec = plan_of("a" * 64).spec.model_copy(update={"attributes": schema})
+    assert describe_instance(spec, "0" * 16, dict.fromkeys(SCHEMA.names) | {"age": 18.0}).age_years is None
+
+
 @pytest.mark.parametrize("bits, top", [(8, 255), (12, 4095), (16, 65535)])
 def test_quantising_uses_the_full_range_and_rounds_to_nearest(bits: int, top: int) -> None:
     levels = np.array([[[0.0, 1.0, 0.5, 0.25 / top, 0.75 / top, 1.5, -1.0]]], dtype=np.float32)

@@ -24,6 +24,7 @@ from scanloom.attributes import Attributes
 from scanloom.dicom.synthetic import InstanceDescription, instance_uid
 from scanloom.dicom.template import pieces
 from scanloom.errors import RecipeError
+from scanloom.recipe import NumberAttribute
 from scanloom.sampling.plan import Plan, PlanSpec, cell_counts, compile_plan
 from scanloom.shards.commit import ShardCommit, ShardPart, commit_uploaded, part_key, upload_parts
 from scanloom.shards.reader import read_parquet
@@ -45,6 +46,7 @@ INFEASIBLE = "infeasible"
 _ENCODERS = 2
 _UPLOADS = 2
 
+_AGE = {"age", "PatientAge"}
 _KEYWORDS = (("sex", "PatientSex"), ("age", "PatientAge"), ("view", "ViewPosition"))
 
 
@@ -144,6 +146,9 @@ def describe_instance(spec: PlanSpec, image_id: str, attributes: Attributes) -> 
     told |= attributes
     sex, age, view = (told.get(n, told.get(k)) for n, k in _KEYWORDS)
     findings = told.get("findings")
+    units = {
+        d.unit for d in spec.attributes.declarations if isinstance(d, NumberAttribute) and _AGE & {d.name, d.source}
+    }
     return InstanceDescription(
         image_id=image_id,
         dataset_name=spec.dataset,
@@ -154,7 +159,8 @@ def describe_instance(spec: PlanSpec, image_id: str, attributes: Attributes) -> 
         spacing_mm=spec.spacing_mm,
         content_date=spec.dicom.content_date,
         sex=sex if isinstance(sex, str) else None,
-        age_years=age if isinstance(age, float) else None,
+        # PatientAge of another unit would be another statement.
+        age_years=age if isinstance(age, float) and units == {"years"} else None,
         view=view if isinstance(view, str) else None,
         findings=findings if isinstance(findings, tuple) else None,
         sop_class=spec.dicom.sop_class,
@@ -244,7 +250,9 @@ def _table(
     columns = {name: pa.repeat(pa.scalar(value, schema.field(name).type), len(ids)) for name, value in same.items()}
     columns |= {name: pa.array(values, schema.field(name).type) for name, values in own.items()}
     columns |= {name: rows[name] for name in ("id", "index", *spec.attributes.names)}
-    columns["image"] = pa.StructArray.from_arrays([pa.array(images, pa.binary()), pa.array(paths, pa.string())], fields=list(IMAGE))
+    columns["image"] = pa.StructArray.from_arrays(
+        [pa.array(images, pa.binary()), pa.array(paths, pa.string())], fields=list(IMAGE)
+    )
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
