@@ -22,7 +22,7 @@ from scanloom.shards.reader import parquet_paths
 from scanloom.store import Store
 from scanloom.training.attribute_probe import ProbeJob, plan_probe, train_probe
 from scanloom.training.reports import following
-from scanloom.training.runs import forget, run_config, run_name
+from scanloom.training.runs import forget, outcome, run_config, run_name
 
 
 def probe(recipe: Recipe) -> None:
@@ -63,8 +63,9 @@ def _train(recipe: Recipe, corpus: Artefact, runs: Store, name: str) -> dict[str
         console.progress("probe", section.steps, "steps") as advance,
         following(console.step_follower(advance)) as reports,
     ):
+        work: Any = train_probe  # Checkers see the class of Ray Tune's time, whose loops return nothing.
         trainer = TorchTrainer(
-            train_probe,
+            work,
             train_loop_config=job.model_dump(mode="json"),
             datasets=scans,
             # Every worker holds all scans; which ones it trains on follows from the step and its rank.
@@ -75,7 +76,7 @@ def _train(recipe: Recipe, corpus: Artefact, runs: Store, name: str) -> dict[str
             ),
             run_config=run_config(runs, name, max_failures=section.max_failures, keep_checkpoints=1, reports=reports),
         )  # fmt: skip
-        return dict(interruptible(trainer.fit).metrics or {})
+        return outcome(interruptible(trainer.fit))
 
 
 def _report(made: Artefact, seconds: float) -> None:

@@ -23,7 +23,7 @@ from scanloom.sampling.dataset import rows_to_bytes
 from scanloom.sampling.engine import Engine
 from scanloom.sampling.noise import gaussian_noise
 from scanloom.sampling.plan import Plan, compile_plan, specify
-from scanloom.sampling.production import GIVE_UP_AFTER, Produced, ShardEngine, produce, request
+from scanloom.sampling.production import HOPELESS_DRAWS, Produced, ShardEngine, give_up_after, produce, request
 from scanloom.sampling.quality import PASSES, Appearance, Judge, Verdict
 from scanloom.store import Store
 from tests.faulty_generator import FaultyGenerator
@@ -42,8 +42,14 @@ def plan_of(shares: Sequence[tuple[list[str], int]], *, attempts: int = 8, slots
     return compile_plan(specify(section, "faulty", "f" * 64, STATISTICS))
 
 
-def made(plan: Plan, *, slots: int | None = None, judges: Sequence[Judge] | None = None) -> tuple[Produced, Engine]:
-    engine = Engine(FaultyGenerator(), slots or plan.spec.slots)
+def made(
+    plan: Plan,
+    *,
+    slots: int | None = None,
+    judges: Sequence[Judge] | None = None,
+    generator: FaultyGenerator | None = None,
+) -> tuple[Produced, Engine]:
+    engine = Engine(generator or FaultyGenerator(), slots or plan.spec.slots)
     chosen = [Appearance(plan.spec.quality, plan.spec.bits_stored)] if judges is None else judges
     return produce(engine, plan.spec, plan.rows(0), chosen), engine
 
@@ -103,19 +109,55 @@ def test_a_cell_that_cannot_be_filled_is_given_up_and_does_not_eat_the_attempts(
     assert len(result.pixels) == 20
     hopeless = [row["index"] for row in plan.rows(0).to_pylist() if row["findings"]]
     infeasible = {r["index"]: r["attempt"] for r in result.rejects if r["reason"] == "infeasible"}
-    assert infeasible == {index: 8 if place < GIVE_UP_AFTER else 0 for place, index in enumerate(hopeless)}
-    assert sum(r["reason"] == "blank" for r in result.rejects) == 8 * GIVE_UP_AFTER
+    assert give_up_after(8) == 4
+    assert infeasible == {index: 8 if place < 4 else 0 for place, index in enumerate(hopeless)}
+    assert sum(r["reason"] == "blank" for r in result.rejects) == 8 * 4
     # All attempts would be 820 draws, of which a step makes at most 8.
     assert engine.steps < 820 / 8 / 3
 
 
 def test_a_cell_of_which_some_can_be_made_is_not_given_up() -> None:
-    plan = plan_of([(EFFUSION, 200)], attempts=2)
+    plan = plan_of([(EFFUSION, 200)], attempts=1)
     result, _ = made(plan, slots=16)
-    outcomes = [first_that_shows(plan, index) < 2 for index in range(200)]
+    outcomes = [first_that_shows(plan, index) < 1 for index in range(200)]
     in_a_row = max(len(run) for run in "".join("." if passed else "x" for passed in outcomes).split("."))
-    assert in_a_row < GIVE_UP_AFTER, "choose another seed"
+    # A rule of four images, whatever their attempts, would have given up.
+    assert 4 <= in_a_row < give_up_after(1), "choose another seed"
     assert len(result.pixels) == sum(outcomes)
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 5, 8, 9, 100])
+def test_no_cell_is_given_up_before_enough_draws_of_it_were_refused(attempts: int) -> None:
+    assert give_up_after(attempts) * attempts >= HOPELESS_DRAWS
+    assert give_up_after(attempts) >= 4
+
+
+class _Overflowing(FaultyGenerator):
+    """Makes pixels that are no numbers where the second number of the noise is above `bound`."""
+
+    def __init__(self, bound: float) -> None:
+        self._bound = bound
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        broken = (latents[:, :1, :1, 1:2] > self._bound).expand(-1, 1, 8, 8)
+        return super().decode(latents).masked_fill(broken, torch.nan)
+
+
+def test_pixels_that_are_no_numbers_are_drawn_again_and_stop_nothing() -> None:
+    plan = plan_of([(NORMAL, 30)], attempts=30)
+    result, _ = made(plan, generator=_Overflowing(0.0))
+    assert len(result.pixels) == 30
+    assert {reject["reason"] for reject in result.rejects} == {"not-numbers"}
+    for row, attempt in zip(plan.rows(0).to_pylist(), result.attempts, strict=True):
+        drawn = [gaussian_noise(plan.spec.seed, row["index"], (2, 8, 8), n).flat[1] for n in range(attempt + 1)]
+        assert [bool(number > 0.0) for number in drawn] == [True] * attempt + [False]
+
+
+def test_a_generator_that_makes_no_numbers_at_all_is_an_error_and_no_empty_dataset() -> None:
+    with pytest.raises(ArtefactError, match="pixels that are not numbers"):
+        made(plan_of([(NORMAL, 12)], attempts=8), generator=_Overflowing(-100.0))
+    few, _ = made(plan_of([(NORMAL, 2)], attempts=8), generator=_Overflowing(-100.0))
+    assert [r["reason"] for r in few.rejects].count("infeasible") == 2
 
 
 def test_a_shard_of_which_nothing_could_be_made_is_empty() -> None:

@@ -29,6 +29,12 @@ class FinishedImage:
     """[*image axes] (2-D: [1, H, W]) in [0, 1]."""
 
 
+class NotNumbers(ArtefactError):
+    """The pixels of an image are not numbers."""
+
+    request: ImageRequest
+
+
 @dataclass(frozen=True)
 class _UnderWay:
     requests: Sequence[ImageRequest]
@@ -83,7 +89,7 @@ class Decoder:
     def take(self, *, wait: bool) -> list[FinishedImage]:
         """The images that are decoded, after waiting for a batch under way if `wait` and there is one.
 
-        Raises ArtefactError for one whose pixels are not numbers; the others come with the next call.
+        Raises NotNumbers for one whose pixels are not numbers; the others come with the next call.
         """
         self._collect(at_least=1 if wait and not self._decoded else 0)
         taken: list[FinishedImage] = []
@@ -128,9 +134,11 @@ class Decoder:
             self._decoded.extend(FinishedImage(request, image) for request, image in images)
 
 
-def _not_numbers(request: ImageRequest) -> ArtefactError:
-    return ArtefactError(
+def _not_numbers(request: ImageRequest) -> NotNumbers:
+    error = NotNumbers(
         f"the generator made pixels that are not numbers for image {request.index} (seed {request.seed}, "
         f"{request.steps} steps, guidance {request.guidance_scale:g}); its weights are damaged or diverged, or "
         "they overflow fp16 where that is its precision"
     )
+    error.request = request
+    return error

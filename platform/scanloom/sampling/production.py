@@ -3,7 +3,7 @@
 Pixels are quantised here, once; everything after handles integers.
 
 An image that the judges refuse is drawn again from the noise of its next attempt, at once, in the running engine. What
-comes of an image depends on (plan, index) alone, but for one rule within a shard: see GIVE_UP_AFTER.
+comes of an image depends on (plan, index) alone, but for one rule within a shard: see `give_up_after`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import load_probe
 from scanloom.models.generator import load_generator
 from scanloom.sampling.dataset import Pixels, rows_from_bytes, stored_row
+from scanloom.sampling.decoding import NotNumbers
 from scanloom.sampling.draw import CELL_PREFIX
 from scanloom.sampling.engine import Engine, ImageRequest, is_batch_invariant
 from scanloom.sampling.plan import PlanSpec
 from scanloom.sampling.quality import Agreement, Appearance, Judge, Verdict, verdicts
 from scanloom.shards.writer import image_pixels
 
-GIVE_UP_AFTER = 4
-"""Where so many images of a cell, one after the other in a shard's order, could not be made, its later images in that
-shard are infeasible untried: an order of a million must not spend all attempts on what this generator cannot do.
-
-With 8 attempts that is 32 refusals in a row: with 95 % confidence fewer than one draw in eleven would pass.
-"""
+HOPELESS_DRAWS = 32
+"""Refusals in a row after which, with 95 % confidence, fewer than one draw in eleven would pass."""
+_LEAST_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,8 @@ class Produced:
     attempts: list[int]
     """Which attempt of each entered."""
     rejects: list[dict[str, Any]]
-    """`index`, `attempt`, `reason` and `figures` of every refusal, by index and attempt. An image that could not be
-    made ends with `infeasible` and the number of its attempts, 0 where its cell was given up before."""
+    """`index`, `attempt`, `reason` and `figures` of every refusal, by index and attempt. An image that was not made
+    ends with `infeasible` and the number of its attempts, 0 where its cell was given up before it was tried."""
 
 
 class ShardEngine:
@@ -102,14 +100,35 @@ def judges(spec: PlanSpec, probe_uri: str | None, device: str) -> list[Judge]:
     return found
 
 
+def give_up_after(attempts: int) -> int:
+    """Where so many images of a cell, one after the other in a shard's order, could not be made in as many attempts
+    each, its later images in that shard are infeasible untried.
+
+    An order of a million must not spend all attempts on what a generator cannot do. At least HOPELESS_DRAWS draws were
+    refused by then.
+    """
+    return max(_LEAST_IMAGES, -(-HOPELESS_DRAWS // attempts))
+
+
 def produce(engine: Engine, spec: PlanSpec, rows: pa.Table, judges: Sequence[Judge]) -> Produced:
-    """Make a shard's images, each as often as it takes, with the engine's slots full while there is work."""
+    """Make a shard's images, each as often as it takes, with the engine's slots full while there is work.
+
+    Raises ArtefactError where every draw of a shard, HOPELESS_DRAWS or more, is made of what are no numbers.
+    """
     orders = [_Order(place, request(spec, row), _cell(row)) for place, row in enumerate(rows.to_pylist())]
     by_index = {order.wanted.index: order for order in orders}
     line = _Line(orders, spec.quality.attempts)
+    broken: NotNumbers | None = None
     while line or engine.busy:
         line.feed(engine)
-        finished = engine.step()
+        try:
+            finished = engine.step()
+        except NotNumbers as error:
+            broken = error
+            order = by_index[error.request.index]
+            order.take(None, Verdict("not-numbers"))
+            line.settle(order, engine)
+            continue
         if not finished:
             continue
         images = np.stack([quantise(f.image, spec.bits_stored) for f in finished])
@@ -118,12 +137,15 @@ def produce(engine: Engine, spec: PlanSpec, rows: pa.Table, judges: Sequence[Jud
             order = by_index[made.request.index]
             order.take(image, verdict)
             line.settle(order, engine)
+    rejects = [reject for order in orders for reject in order.told()]
     entered = [order for order in orders if order.pixels is not None]
+    if broken is not None and not entered and _all_broken(rejects):
+        raise broken
     pixels = [order.pixels for order in entered if order.pixels is not None]
     return Produced(
         np.stack(pixels) if pixels else np.zeros((0, 0, 0), np.uint8 if spec.bits_stored == 8 else np.uint16),
         [len(order.rejects) for order in entered],
-        [reject for order in orders for reject in order.told()],
+        rejects,
     )
 
 
@@ -143,7 +165,7 @@ class _Order:
     def settled(self) -> bool:
         return self.infeasible or self.pixels is not None
 
-    def take(self, image: Pixels, verdict: Verdict) -> None:
+    def take(self, image: Pixels | None, verdict: Verdict) -> None:
         """What was drawn and what the judges say of it; nobody waits for it where the order was given up."""
         if self.infeasible:
             return
@@ -174,7 +196,7 @@ class _Line:
     """
 
     def __init__(self, orders: Sequence[_Order], attempts: int) -> None:
-        self._attempts = attempts
+        self._attempts, self._most = attempts, give_up_after(attempts)
         self._cells: dict[tuple[int, ...], list[_Order]] = {}
         for order in orders:
             self._cells.setdefault(order.cell, []).append(order)
@@ -198,26 +220,32 @@ class _Line:
         cell = self._cells[order.cell]
         if order.pixels is None and len(order.rejects) < self._attempts:
             before = sum(1 for other in cell if other.place < order.place and not other.settled)
-            heapq.heappush(self._next, (0 if before < GIVE_UP_AFTER else 1, order.place, order))
+            heapq.heappush(self._next, (0 if before < self._most else 1, order.place, order))
             return
         if order.pixels is None:
             order.infeasible = True
             self._failing.add(order.cell)
-        for lost in _without_hope(cell) if order.cell in self._failing else ():
+        for lost in _without_hope(cell, self._most) if order.cell in self._failing else ():
             lost.give_up()
             engine.cancel(lost.wanted)
 
 
-def _without_hope(cell: Sequence[_Order]) -> Iterator[_Order]:
-    """Those after the first GIVE_UP_AFTER infeasible ones in a row, as far as is known."""
+def _without_hope(cell: Sequence[_Order], most: int) -> Iterator[_Order]:
+    """Those after the first `most` infeasible ones in a row, as far as is known."""
     in_a_row = 0
     for order in cell:
-        if in_a_row >= GIVE_UP_AFTER:
+        if in_a_row >= most:
             yield order
         elif not order.settled:
             return
         else:
             in_a_row = in_a_row + 1 if order.infeasible else 0
+
+
+def _all_broken(rejects: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether nothing else ever came, often enough to blame the weights and not one request."""
+    draws = [reject["reason"] for reject in rejects if reject["reason"] != "infeasible"]
+    return len(draws) >= HOPELESS_DRAWS and set(draws) == {"not-numbers"}
 
 
 def _cell(row: Mapping[str, Any]) -> tuple[int, ...]:

@@ -18,13 +18,12 @@ from scanloom.attributes import Attributes
 from scanloom.models.probe_card import ProbeCard
 from scanloom.recipe import Quality
 
-Reason = Literal["blank", "saturated", "disagrees", "gate", "infeasible"]
-"""Why an image is not in the dataset: of one attempt, or `infeasible`: of none of the attempts that it had."""
+Reason = Literal["not-numbers", "blank", "saturated", "disagrees", "gate", "infeasible"]
+"""Why a draw is not in the dataset; or, of an image, `infeasible`: its attempts are used up or its cell given up."""
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 WHITE_FROM, BLACK_TO = 0.99, 0.01
 """Levels that count as white and as black, as shares of full range."""
-ENOUGH_PX = 256
 _LOW, _HIGH = 0.02, 0.98
 
 
@@ -95,10 +94,9 @@ class Levels:
 
 
 def levels(pixels_HW: NDArray[Any], bits_stored: int) -> Levels:
-    """The levels of unsigned pixels below 2**bits_stored; of large images those of a grid of at least ENOUGH_PX."""
-    top, apart = 2**bits_stored - 1, max(1, min(pixels_HW.shape) // ENOUGH_PX)
-    seen = pixels_HW[::apart, ::apart]
-    share = np.cumsum(np.bincount(seen.ravel(), minlength=top + 1)) / seen.size
+    """The levels of unsigned pixels below 2**bits_stored."""
+    top = 2**bits_stored - 1
+    share = np.cumsum(np.bincount(pixels_HW.ravel(), minlength=top + 1)) / pixels_HW.size
     low, high = np.searchsorted(share, (_LOW, _HIGH))
     white = 1.0 - share[int(np.ceil(WHITE_FROM * top)) - 1]
     return Levels(float(high - low) / top, float(white), float(share[int(BLACK_TO * top)]))

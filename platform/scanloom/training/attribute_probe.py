@@ -105,13 +105,20 @@ class State:
         return network
 
 
-def train_probe(config: dict[str, Any]) -> None:
+def train_probe(config: dict[str, Any]) -> dict[str, Any]:
     """Train a probe, judge it on held-out scans and write it into the store.
 
-    `config` is a ProbeJob as a dict; the Ray Train datasets `train` and `validation` hold corpus rows. The last report
-    carries the written files as `files` and the card as `card`. Raises RecipeError where the loss is no number.
+    `config` is a ProbeJob as a dict; the Ray Train datasets `train` and `validation` hold corpus rows. Returns the last
+    metrics and, from worker 0, the written files as `files` and the card as `card`; or as `refused` that the loss is no
+    number, before a checkpoint is overwritten.
     """
-    job = ProbeJob.model_validate(config)
+    try:
+        return _train(ProbeJob.model_validate(config))
+    except RecipeError as error:
+        return {"refused": str(error)}
+
+
+def _train(job: ProbeJob) -> dict[str, Any]:
     recipe = job.recipe
     torch.set_num_threads(recipe.cpus_per_worker)
     device = ray.train.torch.get_device()
@@ -143,7 +150,8 @@ def train_probe(config: dict[str, Any]) -> None:
     if rank == 0:
         card = judged(card, state.network, held_out, train)
         made = {"files": _written(job, card, state.network), "card": card.model_dump(mode="json")}
-    _report(state, metrics | made, rank)
+    _report(state, metrics, rank)
+    return metrics | made
 
 
 def blank_card(job: ProbeJob, train: Scans, held_out: int) -> ProbeCard:
