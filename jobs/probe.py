@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 from jobs.cluster import connected, interruptible, require_room, run_recipe
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, open_artefact, publish
-from scanloom.models.probe_card import ProbeCard, Reading
+from scanloom.models.probe_card import Check, ProbeCard, Reading
 from scanloom.recipe import Recipe
 from scanloom.shards.commit import begin
 from scanloom.shards.reader import parquet_paths
@@ -101,9 +101,14 @@ def _checked(card: ProbeCard, reading: Reading) -> str:
     told = []
     for check in card.checks:
         if check.reading == reading.name:
-            limit = f"below {check.limit:.3g}" if check.limit is not None else f"not checked: {check.reason}"
-            told.append(f"{'' if check.present else 'absent: '}{limit}")
+            told.append(f"{'' if check.present else 'absent: '}{_limit(check)}")
     return "; ".join(dict.fromkeys(told))
+
+
+def _limit(check: Check) -> str:
+    if check.limit is None:
+        return f"not checked: {check.reason}"
+    return f"below {check.limit:.3g}" if check.value is not None else f"over {-check.limit:.3g} away"
 
 
 if __name__ == "__main__":
