@@ -43,24 +43,36 @@ def generate(recipe: Recipe, engine: type[EngineActor] = EngineActor) -> None:
     generator = open_artefact(recipe.uri("generator"), "generator")
     probe = open_artefact(section.quality.probe, "probe") if section.quality.probe else None
     spec = specify(
-        section, generator.manifest.name, generator.digest, generator.manifest.statistics, probe and probe.digest
+        section,
+        generator.manifest.name,
+        generator.digest,
+        generator.manifest.statistics,
+        probe.digest if probe else None,
     )
     begin(store, "dataset", spec.digest)
     present = committed_shards(store)
+    before = sum(planned(spec, shard) for shard in present)
     dataset = find_artefact(store.uri, "dataset")
     if dataset is not None:
         console.LOG.info("%s: finished before; nothing to do", dataset.uri)
     else:
-        tally = _make(section, spec, generator, store, present, engine)
-        clean_orphans(store, grace_s=0, wanted=tally.keys())  # so that a reader of the folder finds what is named
-        inputs = [lineage("generator", generator), *([lineage("probe", probe)] if probe else [])]
-        dataset = _publish(recipe, spec, inputs, store, tally)
-    made_now = spec.images - sum(planned(spec, shard) for shard in present)
-    _report(dataset, made_now, time.monotonic() - started)
+        meter = Meter(spec.digest, spec.images, section.cost_per_hour, before)
+        with Reporter(store, meter):
+            tally = _make(section, spec, generator.uri, store, present, engine, meter)
+            clean_orphans(store, grace_s=0, wanted=tally.keys())  # so that a reader of the folder finds what is named
+            inputs = [lineage("generator", generator), *([lineage("probe", probe)] if probe else [])]
+            dataset = _publish(recipe, spec, inputs, store, tally)
+    _report(dataset, spec.images - before, time.monotonic() - started)
 
 
 def _make(
-    section: Generate, spec: PlanSpec, generator: Artefact, store: Store, present: set[int], engine: type[EngineActor]
+    section: Generate,
+    spec: PlanSpec,
+    generator_uri: str,
+    store: Store,
+    present: set[int],
+    engine: type[EngineActor],
+    meter: Meter,
 ) -> Tally:
     """Make and commit the shards that are not present; the sums over all commits.
 
@@ -68,13 +80,12 @@ def _make(
     """
     tally, missing = Tally(spec), [shard for shard in range(spec.shards) if shard not in present]
     done = sum(planned(spec, shard) for shard in present)
-    meter = Meter(spec.digest, spec.images, section.cost_per_hour, done)
     progress = console.progress("generate", spec.images, "images", done=done)
-    with Reporter(store, meter), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         earlier = pool.submit(lambda: [tally.add(commit) for commit in read_commits(store, spec.digest, present)])
         if missing:
             with connected(), progress as advance:
-                for row in program(section, spec, generator.uri, store, missing, engine).iter_rows():
+                for row in program(section, spec, generator_uri, store, missing, engine).iter_rows():
                     settled = tally.add(ShardCommit.model_validate_json(row["commit"]))
                     done += settled
                     meter.count(done, tally.images, tally.rejects, tally.engine_s)

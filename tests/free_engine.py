@@ -64,7 +64,9 @@ class FreeEngine(EngineActor):
         bits = self._spec.bits_stored
         dtype = np.uint8 if bits == 8 else np.uint16
         # Phantoms of 12 bits with their grain; the lowest of 16 bits stay empty, as they do in detectors of 12.
-        drawn = np.stack([phantom(7, number, size_px, bits_stored=12).pixels for number in range(DISTINCT)])
+        drawn: NDArray[Any] = np.stack(
+            [phantom(7, number, size_px, bits_stored=12).pixels for number in range(DISTINCT)]
+        )
         images = (drawn >> 4 if bits == 8 else drawn << (bits - 12)).astype(dtype)
 
         def make(shard: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +75,8 @@ class FreeEngine(EngineActor):
                 "pixels": stamped(images, indices).tobytes(),
                 "height": size_px,
                 "width": size_px,
+                "attempts": [0] * len(indices),
+                "rejects": [],
                 "engine_s": 0.001 * len(indices),
                 "environment": {"device": "cpu", "threads": 1},
             }

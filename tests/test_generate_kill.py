@@ -50,7 +50,7 @@ def _kill(folder: Path, hosts: Hosts, bucket: str | None, undisturbed: Artefact,
         place.mkdir()
         # Some drivers have a cluster of their own, which dies with them.
         trial = _trial(place, hosts, bucket, **({"RAY_ADDRESS": ""} if seed % 8 == 0 else {}))
-        victims: list[Victim] = ["driver"] * chance.randrange(2) + [VICTIMS[seed % len(VICTIMS)]]
+        victims: list[Victim] = [VICTIMS[0]] * chance.randrange(2) + [VICTIMS[seed % len(VICTIMS)]]
         for victim in victims:
             if not trial.finished():
                 trial.disturb(victim, chance, hosts)

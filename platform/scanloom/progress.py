@@ -111,7 +111,7 @@ class Meter:
             images_made=made,
             images_per_s=rate,
             eta_s=(self._total - done) / rate if rate else None,
-            rejects=rejects,
+            rejects=dict(rejects),
             engine_s=engine_s,
             cost=self.cost,
             started=self._started,
