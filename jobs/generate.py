@@ -15,7 +15,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from jobs.cluster import connected, require_room, run_recipe
 from scanloom import console
-from scanloom.artefact import Artefact, Lineage, find_artefact, lineage, open_artefact, publish
+from scanloom.artefact import Artefact, find_artefact, open_artefact, publish
 from scanloom.errors import RecipeError, StoreError
 from scanloom.overview import cohort_report
 from scanloom.progress import Meter, Reporter
@@ -42,13 +42,8 @@ def generate(recipe: Recipe, engine: type[EngineActor] = EngineActor) -> None:
     store.require_writable()
     generator = open_artefact(recipe.uri("generator"), "generator")
     probe = open_artefact(section.quality.probe, "probe") if section.quality.probe else None
-    spec = specify(
-        section,
-        generator.manifest.name,
-        generator.digest,
-        generator.manifest.statistics,
-        probe.digest if probe else None,
-    )
+    known, judge = generator.manifest, probe.digest if probe else None
+    spec = specify(section, known.name, generator.digest, known.statistics, judge)
     begin(store, "dataset", spec.digest)
     present = committed_shards(store)
     before = sum(planned(spec, shard) for shard in present)
@@ -60,20 +55,14 @@ def generate(recipe: Recipe, engine: type[EngineActor] = EngineActor) -> None:
         with Reporter(store, meter):
             tally = _make(section, spec, generator.uri, store, present, engine, meter)
             clean_orphans(store, grace_s=0, wanted=tally.keys())  # so that a reader of the folder finds what is named
-            inputs = [lineage("generator", generator), *([lineage("probe", probe)] if probe else [])]
-            dataset = _publish(recipe, spec, inputs, store, tally)
+            dataset = _publish(recipe, spec, [generator, *([probe] if probe else [])], store, tally)
     _report(dataset, spec.images - before, time.monotonic() - started)
 
 
 def _make(
-    section: Generate,
-    spec: PlanSpec,
-    generator_uri: str,
-    store: Store,
-    present: set[int],
-    engine: type[EngineActor],
-    meter: Meter,
-) -> Tally:
+    section: Generate, spec: PlanSpec, generator_uri: str, store: Store, present: set[int],
+    engine: type[EngineActor], meter: Meter,
+) -> Tally:  # fmt: skip
     """Make and commit the shards that are not present; the sums over all commits.
 
     What earlier runs committed is read meanwhile: work starts as soon as the names of its commits are known.
@@ -130,7 +119,7 @@ def program(
     )  # fmt: skip
 
 
-def _publish(recipe: Recipe, spec: PlanSpec, inputs: list[Lineage], store: Store, tally: Tally) -> Artefact:
+def _publish(recipe: Recipe, spec: PlanSpec, inputs: list[Artefact], store: Store, tally: Tally) -> Artefact:
     return publish(
         store, kind="dataset", name=spec.dataset, recipe=recipe.model_dump(mode="json"), inputs=inputs,
         files=tally.files(),
