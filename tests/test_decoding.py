@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class SlowDecoder(Decoder):
 
     def _copied(self) -> torch.cuda.Event | None:
         self.events.append(Event())
-        return cast(Any, self.events[-1])
+        return cast(torch.cuda.Event, self.events[-1])
 
 
 def put(decoder: Decoder, *indices: int, side: int = 2) -> None:

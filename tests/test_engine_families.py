@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 
 def image(generator: Generator, *, slots: int = 2, solver: Solver = "ddim", **wanted: Any) -> np.ndarray[Any, Any]:
-    request = ImageRequest(**{"index": 3, "seed": 7, "attributes": ASKED, "steps": 5, "guidance_scale": 2.0} | wanted)
+    request = replace(ImageRequest(index=3, seed=7, attributes=ASKED, steps=5, guidance_scale=2.0), **wanted)
     [made] = Engine(generator, slots, solver).run([request])
     return made.image
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from scanloom.attributes import Attributes
 from scanloom.models.generator import load_generator
 from scanloom.sampling.engine import Engine, ImageRequest
 from tests.tiny_generator import publish_generator
@@ -24,7 +25,7 @@ Images = dict[int, NDArray[np.float32]]
 
 def wanted(index: int) -> ImageRequest:
     """One to four steps; what is asked for differs from image to image."""
-    told = {"age": 25.0 + index % 60, "sex": "FM"[index % 2], "view": "PA"}
+    told: Attributes = {"age": 25.0 + index % 60, "sex": "FM"[index % 2], "view": "PA"}
     return ImageRequest(index, 11, told, steps=1 + index % 4)
 
 

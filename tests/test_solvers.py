@@ -188,7 +188,7 @@ def solve_flow(solver: SolverName, steps: int, start: torch.Tensor) -> torch.Ten
 @pytest.mark.parametrize("solver", ["euler", "ddim"])
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 50])
 def test_euler_on_a_flow_equals_diffusers(solver: SolverName, steps: int) -> None:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
     start = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(5))
     latents: torch.Tensor = start

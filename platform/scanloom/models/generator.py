@@ -64,7 +64,7 @@ class Generator:
         # Not the network's own `to`, which warns of float32 modules even where there are none.
         nn.Module.to(self._network, self._dtype)
         if self.device.type == "cuda":
-            self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            _channels_last(self._network)
         if compiled:
             # Not max-autotune: it picks kernels by timing, so that two workers would differ in their last bits.
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -79,7 +79,7 @@ class Generator:
         upcast = precision == "fp16" and card.family == "sdxl" and vae.config.force_upcast
         nn.Module.to(self._vae, torch.float32 if upcast else self._dtype)
         # The layout that its convolutions are fastest in, on CPUs too, where those of small denoisers are not.
-        self._vae.to(memory_format=torch.channels_last)
+        _channels_last(self._vae)
 
     @property
     def name(self) -> str:
@@ -193,6 +193,11 @@ class _ByText:
 
     def _encoded(self, text: str) -> Tensor:
         return torch.cat([part.flatten() for part in self._text.encode([text]).values()])
+
+
+def _channels_last(network: nn.Module) -> None:
+    """Lay out its convolutions' weights with the channels innermost."""
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _network(denoiser: nn.Module) -> UNet2DConditionModel | SD3Transformer2DModel:

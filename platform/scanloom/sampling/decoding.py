@@ -118,7 +118,11 @@ class Decoder:
 
     def _copied(self) -> torch.cuda.Event | None:
         """Done once all is that the stream has been given so far; None: it is already."""
-        return None if self._stream is None else self._stream.record_event()
+        if self._stream is None:
+            return None
+        copied = torch.cuda.Event()
+        copied.record(self._stream)
+        return copied
 
     def _collect(self, at_least: int) -> None:
         """Move what is decoded out of what is under way, in order; wait for the first `at_least` batches."""

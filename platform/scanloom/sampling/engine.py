@@ -170,7 +170,9 @@ class Engine:
 
     def _keep_pace(self) -> None:
         if self._device.type == "cuda":
-            self._launched.append(torch.cuda.current_stream(self._device).record_event())
+            launched = torch.cuda.Event()
+            launched.record(torch.cuda.current_stream(self._device))
+            self._launched.append(launched)
             if len(self._launched) > AHEAD:
                 self._launched.popleft().synchronize()
 
