@@ -400,6 +400,16 @@ def test_a_band_outside_the_envelope_is_refused() -> None:
 # --- as-corpus ------------------------------------------------------------------------------------------------
 
 
+def test_every_age_and_decade_has_its_share_of_the_corpus() -> None:
+    made = rows(AsCorpusCohort(), 54_580)
+    corpus: Counter[int] = Counter()
+    for cell in CELLS:
+        corpus[int(cell["age"][0]) // 10 * 10] += cell["count"]
+    assert Counter(int(r["age"]) // 10 * 10 for r in made) == {decade: 10 * n for decade, n in corpus.items()}
+    ages = counts(made, "age")
+    assert ages[30.0] == pytest.approx(corpus[30], abs=5 * math.sqrt(corpus[30]))
+
+
 def test_rare_combinations_get_the_least_share_and_the_others_keep_their_proportions() -> None:
     images = 20_000
     made = counts(rows(AsCorpusCohort(over=("findings",), least_share=0.01), images), "findings")
@@ -457,7 +467,7 @@ DIGESTS = {
     "pairs": "a2c33dfe9bbb5817",
     "balanced": "afe0e5366e696dc7",
     "raised": "3e26a8b905d824db",
-    "as-corpus": "5bee4fdfe9ec8a4b",
+    "as-corpus": "74a3859f190caf2b",
 }
 
 

@@ -73,7 +73,10 @@ def _tables(
     if isinstance(cohort, BalancedCohort):
         cells, left_out = balanced(cohort, schema, envelope, corpus, images)
         return [cells], (left_out,) if left_out else ()
-    return [raised(cohort, schema, corpus, images) if cohort.least_share and corpus.cells else list(corpus.cells)], ()
+    if cohort.least_share and corpus.cells:
+        return [raised(cohort, schema, corpus, images)], ()
+    # Bins share their ends; drawn as they are, an end would come up for both.
+    return [[corpus.trimmed(cell) for cell in corpus.cells]], ()
 
 
 def _sentence(coverage: Coverage, corpus: CorpusTable, images: int) -> str:
