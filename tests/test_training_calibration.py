@@ -125,6 +125,7 @@ def test_each_check_states_what_share_of_its_own_scans_it_refuses() -> None:
         mine = [number for number, row in enumerate(rows) if one.concerns(row)]
         assert one.scans == len(mine)
         assert one.limit is not None
+        assert one.rejected_share is not None
         assert one.rejected_share == pytest.approx(refused(card, [one], outputs, rows)[mine].mean())
         assert one.rejected_share <= 0.02
 
