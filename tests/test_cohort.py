@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scanloom.attributes import AttributeSchema
+from scanloom.attributes import AttributeSchema, Envelope, Range
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.recipe import AsCorpusCohort, CellsCohort, Cohort, MarginalsCohort
-from scanloom.sampling.cell import CohortTables, Span
+from scanloom.recipe import AsCorpusCohort, BalancedCohort, CellsCohort, Cohort, MarginalsCohort, NumberAttribute
+from scanloom.sampling.cell import CohortTables, Span, split
 from scanloom.sampling.cohort import resolve
 from scanloom.sampling.draw import draw as drawn
 from scanloom.sampling.draw import quotas
@@ -109,6 +109,60 @@ def test_a_span_within_a_unit_is_drawn_from_all_of_it() -> None:
     assert ages.min() >= np.float32(30.2)
     assert ages.max() <= np.float32(30.8)
     assert len(set(ages.tolist())) > 900
+
+
+SPACING = NumberAttribute(name="spacing", unit="mm", minimum=0, maximum=10)
+
+
+def spacings(cohort: Cohort, *bins: list[float]) -> list[float]:
+    schema = AttributeSchema(declarations=(SPACING,))
+    envelope = Envelope(scans=9, values={}, ranges={"spacing": Range(low=0, high=10)})
+    cells = [{"spacing": b, "count": 9 // len(bins)} for b in bins]
+    found: list[float] = (
+        drawn(resolve(cohort, schema, envelope, cells, 900).tables, schema, 900, 3).rows(0, 900)["spacing"].to_pylist()
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    "cohort",
+    [
+        MarginalsCohort(marginals={"spacing": {"uniform": [0.2, 1.9]}}),
+        MarginalsCohort(
+            marginals={"spacing": {"uniform": [0.2, 1.9]}}, dependence="corpus"
+        ),
+        CellsCohort(cells=({"spacing": [0.2, 1.9]},)),
+        AsCorpusCohort(),
+    ],
+    ids=lambda cohort: str(cohort.kind),
+)  # fmt: skip
+def test_a_span_whose_ends_are_not_whole_is_drawn_from_all_of_it(cohort: Cohort) -> None:
+    found = spacings(cohort, [0.2, 0.9], [0.9, 1.9])
+    assert len(set(found)) > 800
+    assert 0.2 - 1e-6 <= min(found) < 0.25 < 1.85 < max(found) <= 1.9 + 1e-6
+
+
+def test_bands_whose_edges_are_not_whole_all_get_their_images() -> None:
+    for edges in ((0.1, 0.5, 1.0), (0.0, 0.2, 0.5, 1.0), (2.0, 4.0, 6.5)):
+        found = spacings(BalancedCohort(over=("spacing",), bands={"spacing": edges}), [0.0, 10.0])
+        made = Counter(sum(value >= np.float32(edge) for edge in edges[:-1]) for value in found)
+        assert made == {band: 900 // (len(edges) - 1) for band in range(1, len(edges))}
+        assert len(set(found)) > 400
+
+
+def test_a_uniform_number_cut_at_whole_bins_stays_uniform() -> None:
+    found = split(Span(low=1.5, high=4.0), (0.0, 2.0, 3.0))
+    assert [part.low for part in found] == [1.5, 2.0, 3.0]
+    assert [part.high for part in found] == [pytest.approx(high, abs=1e-6) for high in (2, 3, 4)]
+    assert not any(part.by_unit for part in found)
+    assert split(Span(low=1.0, high=4.0), (0.0, 2.0, 4.0)) == [
+        Span(low=1.0, high=1.0), Span(low=2.0, high=3.0), Span(low=4.0, high=4.0)
+    ]  # fmt: skip
+
+
+def test_a_band_that_single_precision_cannot_hold_is_refused() -> None:
+    with pytest.raises(RecipeError, match="between two edges"):
+        spacings(BalancedCohort(over=("spacing",), bands={"spacing": (0.1, 0.5, 0.500000001, 1.0)}), [0.0, 10.0])
 
 
 def test_numbers_by_share_keep_their_values() -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from scanloom.attributes import NO_LABEL, AttributeSchema, Envelope, Value
@@ -24,10 +25,15 @@ class _Record(BaseModel):
 
 
 class Span(_Record):
-    """Numbers from low to high, both included."""
+    """Numbers from low to high, both included: whole ones where both ends are, else all that lie between."""
 
     low: float
     high: float
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether only whole numbers are meant."""
+        return self.low < self.high and self.low.is_integer() and self.high.is_integer()
 
 
 Wanted = Value | Span
@@ -127,14 +133,27 @@ def clipped(cell: Cell, envelope: Envelope) -> Cell:
 
 
 def split(span: Span, edges: Sequence[float]) -> list[Span]:
-    """The span cut at these edges, each of which begins a part; into spans of whole units where it holds any."""
-    starts = [span.low, *(edge for edge in sorted(set(edges)) if span.low < edge <= span.high)]
-    if math.floor(span.high) < math.ceil(span.low) or span.low == span.high:
-        ends = [*starts[1:], span.high]
-    else:
-        starts = [float(math.ceil(start)) for start in starts]
-        ends = [*(start - 1 for start in starts[1:]), float(math.floor(span.high))]
-    return [Span(low=low, high=high) for low, high in zip(starts, ends, strict=True) if low <= high]
+    """The span cut at these edges, each of which begins a part.
+
+    A span of whole numbers is cut into such where the edges are whole too; any other into parts that each hold all
+    numbers below the next one's beginning, and of edges that single precision cannot tell apart only one counts.
+    """
+    inside = sorted({float(np.float32(edge)) for edge in edges if span.low < edge <= span.high})
+    if span.by_unit and all(edge.is_integer() for edge in inside):
+        ends = [*(edge - 1 for edge in inside), span.high]
+        return [Span(low=low, high=high) for low, high in zip([span.low, *inside], ends, strict=True)]
+    inside = [edge for edge in inside if span.low < edge < span.high]
+    if not inside:
+        return [span]
+    ends = [*(_below(edge) for edge in inside), span.high]
+    parts = [Span(low=low, high=high) for low, high in zip([span.low, *inside], ends, strict=True)]
+    # A last part with whole ends would be of whole numbers, unlike the others.
+    return [Span(low=part.low, high=_below(part.high)) if part.by_unit else part for part in parts]
+
+
+def _below(number: float) -> float:
+    """The single-precision number before this one."""
+    return float(np.nextafter(np.float32(number), np.float32(-np.inf)))
 
 
 def _ends(value: Wanted) -> Iterable[Value]:

@@ -189,9 +189,9 @@ class CorpusTable:
             inside = has.low <= wanted.low < has.high or (closed and wanted.low == has.high)
             return float(inside), float(inside)
         low, high = max(wanted.low, has.low), min(wanted.high, has.high)
-        if units := _whole(wanted.low, wanted.high):
+        if wanted.by_unit:
             common = _whole(low, high, closed or high < has.high)
-            return common / units, common / max(1, _whole(has.low, has.high, closed))
+            return common / _whole(wanted.low, wanted.high), common / max(1, _whole(has.low, has.high, closed))
         length = max(0.0, high - low)
         return length / (wanted.high - wanted.low), length / (has.high - has.low) if has.high > has.low else 0.0
 

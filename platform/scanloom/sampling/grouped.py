@@ -63,14 +63,15 @@ def balanced(
     """
     wanted = list(_combinations(cohort, schema, envelope))
     # Where a band cuts through a bin of the corpus, part of a scan lies in it: that counts as one.
-    lacking = [values for values in wanted if math.ceil(corpus.scans_in(values)) < cohort.least_scans]
+    under = [math.ceil(corpus.scans_in(values)) < cohort.least_scans for values in wanted]
+    lacking = [values for values, lacks in zip(wanted, under, strict=True) if lacks]
     told = f"{len(lacking)} of {len(wanted)} combinations have under {cohort.least_scans} scans in the corpus, such as "
     if lacking and (cohort.unseen == "refuse" or len(lacking) == len(wanted)):
         raise ArtefactError(
             f"generate.cohort: {told}{shown(lacking[0])} (trained on {envelope.scans} scans); set unseen: leave-out, "
             "or balance over less"
         )
-    kept = [values for values in wanted if values not in lacking]
+    kept = [values for values, lacks in zip(wanted, under, strict=True) if not lacks]
     if images < len(kept):
         raise RecipeError(f"generate.images={images}: balanced over {len(kept)} combinations; order as many at least")
     counts = quotas([1.0] * len(kept), images)
@@ -107,7 +108,10 @@ def _values(cohort: BalancedCohort, name: str, schema: AttributeSchema, envelope
             raise RecipeError(f"{where}: the edges of its bands do not ascend: {list(edges)}")
         whole = parse_value(declaration, [edges[0], edges[-1]], where)
         assert isinstance(whole, Span)
-        return list(split(whole, edges[:-1]))
+        parts = split(whole, edges[:-1])
+        if len(parts) != len(edges) - 1:
+            raise RecipeError(f"{where}: single precision has nothing between two edges of its bands: {list(edges)}")
+        return list(parts)
     if name in cohort.bands:
         raise RecipeError(f"{where}: is no number; list its values under `values`")
     if name in cohort.values:

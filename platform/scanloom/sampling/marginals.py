@@ -76,7 +76,7 @@ def _axis(cohort: MarginalsCohort, name: str, schema: AttributeSchema, edges: Se
 def _size(part: object) -> float:
     if not isinstance(part, Span):
         return 1.0
-    return math.floor(part.high) - math.ceil(part.low) + 1 if part.low.is_integer() else part.high - part.low
+    return part.high - part.low + 1 if part.by_unit or part.low == part.high else part.high - part.low
 
 
 class _Joint:
