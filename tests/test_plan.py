@@ -10,8 +10,19 @@ from typing import Any
 
 import pytest
 
+from scanloom.attributes import AttributeSchema, Envelope, Range
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.recipe import AsCorpusCohort, CellsCohort, Cohort, Dicom, Generate, MarginalsCohort, Quality
+from scanloom.recipe import (
+    AsCorpusCohort,
+    CategoryAttribute,
+    CellsCohort,
+    Cohort,
+    Dicom,
+    Generate,
+    MarginalsCohort,
+    NumberAttribute,
+    Quality,
+)
 from scanloom.sampling.plan import Plan, PlanSpec, achieved, cell_counts, compile_plan, image_ids, specify
 from tests.tiny_generator import STATISTICS
 
@@ -208,3 +219,29 @@ def test_a_shard_too_large_to_pass_from_engine_to_writer_is_refused() -> None:
     assert specify(Generate(images=1, images_per_shard=1024), "tiny", "g" * 64, statistics).images_per_shard == 1024
     with pytest.raises(RecipeError, match="512 of these images at most"):
         specify(Generate(images=1, images_per_shard=1024, bits_stored=12), "tiny", "g" * 64, statistics)
+
+
+@pytest.mark.parametrize("date", ["20001399", "20010229", "00010101"])
+def test_a_content_date_that_no_calendar_has_is_refused(date: str) -> None:
+    with pytest.raises(ValueError, match="content_date"):
+        Dicom(content_date=date)
+
+
+def test_what_dicom_cannot_hold_is_refused_before_any_image() -> None:
+    schema = AttributeSchema(
+        declarations=(
+            NumberAttribute(name="age", unit="years", minimum=0, maximum=5000),
+            CategoryAttribute(name="view", values=("PA", "A\tP")),
+        )
+    )
+    envelope = Envelope(scans=2, values={"view": {"PA": 1, "A\tP": 1}}, ranges={"age": Range(low=0, high=5000)})
+    statistics = STATISTICS | {
+        "schema": schema.model_dump(mode="json"), "envelope": envelope.model_dump(mode="json"),
+        "cells": [{"age": [0, 5000], "view": "PA", "count": 2}],
+    }  # fmt: skip
+    for cell, told in (({"age": [900, 1000]}, "age=1000"), ({"view": "A\tP"}, "control characters")):
+        cohort = CellsCohort(cells=({"view": "PA"}, cell))
+        with pytest.raises(RecipeError, match=told):
+            specify(Generate(images=2, cohort=cohort), "tiny", "g" * 64, statistics)
+        without = Generate(images=2, cohort=cohort, dicom=Dicom(enabled=False))
+        assert specify(without, "tiny", "g" * 64, statistics).images == 2

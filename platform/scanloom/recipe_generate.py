@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -50,9 +51,18 @@ class Dicom(Section):
     """Names in the tar shards: SOP instance UIDs alone, or below folders of patient, study and series."""
     pixel_spacing_mm: Positive | None = None
     """None: the median spacing of the corpus, or 1.0 where the corpus has none."""
-    content_date: Annotated[str, Field(pattern=r"^[0-9]{8}$")] = "20000101"
+    content_date: Annotated[str, Field(pattern=r"^[12][0-9]{7}$")] = "20000101"
     hu_range: tuple[float, float] = (-1024.0, 3071.0)
     """What black and white stand for in CT images: the ends of the window that the corpus was read with."""
+
+    @field_validator("content_date")
+    @classmethod
+    def _require_date(cls, content_date: str) -> str:
+        try:
+            datetime.strptime(content_date, "%Y%m%d")
+        except ValueError:
+            raise ValueError(f"{content_date} is no date of the calendar; write it as YYYYMMDD") from None
+        return content_date
 
     @model_validator(mode="after")
     def _require_range(self) -> Dicom:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -87,7 +87,8 @@ def parse_value(declaration: AttributeDeclaration, value: object, where: str) ->
 
 def parse_share(share: object, where: str) -> float:
     """A share: a number of 0 or more."""
-    if isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share < math.inf:
+    # An integer of a recipe can be larger than any floating-point number.
+    if isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share <= sys.float_info.max:
         return float(share)
     raise RecipeError(f"{where}: share {share!r}; expected a number of 0 or more")
 
@@ -112,7 +113,7 @@ def shown_value(value: Wanted) -> str:
 def require_within(cell: Cell, envelope: Envelope) -> None:
     """Raise ArtefactError naming the cell and the envelope where the cell asks for a value outside it."""
     for name, value in cell.values.items():
-        for end in _ends(value):
+        for end in ends(value):
             try:
                 envelope.require({name: end})
             except ArtefactError as error:
@@ -140,13 +141,13 @@ def split(span: Span, edges: Sequence[float]) -> list[Span]:
     """
     inside = sorted({float(np.float32(edge)) for edge in edges if span.low < edge <= span.high})
     if span.by_unit and all(edge.is_integer() for edge in inside):
-        ends = [*(edge - 1 for edge in inside), span.high]
-        return [Span(low=low, high=high) for low, high in zip([span.low, *inside], ends, strict=True)]
+        lasts = [*(edge - 1 for edge in inside), span.high]
+        return [Span(low=low, high=high) for low, high in zip([span.low, *inside], lasts, strict=True)]
     inside = [edge for edge in inside if span.low < edge < span.high]
     if not inside:
         return [span]
-    ends = [*(_below(edge) for edge in inside), span.high]
-    parts = [Span(low=low, high=high) for low, high in zip([span.low, *inside], ends, strict=True)]
+    lasts = [*(_below(edge) for edge in inside), span.high]
+    parts = [Span(low=low, high=high) for low, high in zip([span.low, *inside], lasts, strict=True)]
     # A last part with whole ends would be of whole numbers, unlike the others.
     return [Span(low=part.low, high=_below(part.high)) if part.by_unit else part for part in parts]
 
@@ -156,13 +157,14 @@ def _below(number: float) -> float:
     return float(np.nextafter(np.float32(number), np.float32(-np.inf)))
 
 
-def _ends(value: Wanted) -> Iterable[Value]:
+def ends(value: Wanted) -> tuple[Value, ...]:
+    """Both ends of a span; of anything else the value."""
     return (value.low, value.high) if isinstance(value, Span) else (value,)
 
 
 def _number(declaration: NumberAttribute, text: str) -> float | list[float]:
-    if ends := _SPAN.fullmatch(text):
-        return [float(end) for end in ends.groups() if end is not None]
+    if found := _SPAN.fullmatch(text):
+        return [float(end) for end in found.groups() if end is not None]
     try:
         return float(text)
     except ValueError:
@@ -178,12 +180,12 @@ def _labels(declaration: LabelsAttribute, text: str) -> list[str]:
     return [] if text == NO_LABEL else text.split("+")
 
 
-def _span(declaration: AttributeDeclaration, ends: Sequence[object]) -> Span:
-    if len(ends) != 2:
-        raise RecipeError(f"{declaration.name}={list(ends)!r}: expected a number or [low, high]")
-    low, high = (_checked(declaration, end) for end in ends)
+def _span(declaration: AttributeDeclaration, said: Sequence[object]) -> Span:
+    if len(said) != 2:
+        raise RecipeError(f"{declaration.name}={list(said)!r}: expected a number or [low, high]")
+    low, high = (_checked(declaration, end) for end in said)
     if not (isinstance(low, float) and isinstance(high, float) and low <= high):
-        raise RecipeError(f"{declaration.name}={list(ends)!r}: low is over high")
+        raise RecipeError(f"{declaration.name}={list(said)!r}: low is over high")
     return Span(low=low, high=high)
 
 

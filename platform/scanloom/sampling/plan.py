@@ -17,11 +17,11 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from scanloom.artefact import plan_digest
-from scanloom.attributes import AttributeSchema, Envelope
+from scanloom.attributes import AttributeSchema, Envelope, Value
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import Dicom, Generate, Quality
 from scanloom.recipe_generate import ImageFormat, Solver
-from scanloom.sampling.cell import CohortTables
+from scanloom.sampling.cell import CohortTables, ends
 from scanloom.sampling.cohort import resolve
 from scanloom.sampling.corpus_table import Coverage
 from scanloom.sampling.draw import CELL_PREFIX, Drawn, draw, quotas
@@ -174,7 +174,27 @@ def order(section: Generate, name: str, digest: str, statistics: Mapping[str, An
         probe=probe,
         dicom=section.dicom,
     )
+    if spec.dicom.enabled:
+        _require_held_by_dicom(spec)
     return Order(spec, cohort.coverage, cohort.told)
+
+
+def _require_held_by_dicom(spec: PlanSpec) -> None:
+    """Raise RecipeError for what an instance cannot say, before images are made of it: each value of a cell by itself,
+    of spans both ends."""
+    # Describing instances takes a plan, so that its module imports this one.
+    from scanloom.sampling.dataset import describe_instance
+
+    asked: dict[tuple[str, Value], None] = {("", None): None}
+    for name, value in (item for table in spec.cohort.tables for cell in table for item in cell.known.items()):
+        asked |= dict.fromkeys((name, end) for end in ends(value))
+    for name, value in asked:
+        attributes = dict.fromkeys(spec.attributes.names) | ({name: value} if name else {})
+        try:
+            describe_instance(spec, spec.image_id(0), attributes)
+        except ArtefactError as error:
+            what = f"generate.cohort: {name}={value!r}" if name else "generate"
+            raise RecipeError(f"{what} {error}; ask for another, or set generate.dicom.enabled: false") from error
 
 
 def compile_plan(spec: PlanSpec) -> Plan:
