@@ -253,6 +253,20 @@ def test_marginals_are_exact_whatever_the_dependence(sex: list[int], findings: l
             {"marginals": {"sex": {"F": 1}, "age": AGE}, "pairs": [{"of": ["sex", "age"], "correlation": 0.1}]},
             "single value",
         ),
+        (
+            {
+                "marginals": {"sex": SEX, "age": {"50": 1, "41-59": 1}},
+                "pairs": [{"of": ["sex", "age"], "correlation": 0.3}],
+            },
+            "have one middle",
+        ),
+        (
+            {
+                "marginals": {"sex": {"F": 0.999, "M": 0.001}, "age": AGE},
+                "pairs": [{"of": ["sex", "age"], "correlation": 0.5}],
+            },
+            "cannot correlate by 0.5",
+        ),
         ({"marginals": {"sex": {"F": 0}, "age": AGE}, "dependence": "corpus"}, "its shares sum to 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -285,6 +299,16 @@ def test_marginals_that_the_corpus_zeros_forbid_are_refused_by_name() -> None:
     assert "of the images" in str(caught.value)
     assert "dependence: independent" in str(caught.value)
     assert order(MarginalsCohort(marginals=marginals), cells=GAP).coverage.unseen == pytest.approx(0.72)
+
+
+@pytest.mark.parametrize("images", [1000, 1_000_000])
+def test_marginals_that_leave_a_seen_combination_no_image_are_made(images: int) -> None:
+    had = [("F", "AP", 30), ("F", "PA", 40), ("M", "PA", 50)]
+    cells = [{"sex": sex, "view": view, "count": count} for sex, view, count in had]
+    half = {"sex": {"F": 1, "M": 1}, "view": {"PA": 1, "AP": 1}}
+    (table,) = order(MarginalsCohort(marginals=half, dependence="corpus"), images, cells).tables.tables
+    made = {(cell.values["sex"], cell.values["view"]): cell.share for cell in table}
+    assert made == {("F", "AP"): images / 2, ("M", "PA"): images / 2}
 
 
 def test_marginals_that_only_fractions_of_images_could_have_are_refused() -> None:

@@ -65,6 +65,26 @@ def test_zeros_stay_and_what_they_forbid_is_named() -> None:
     assert misfit.difference == pytest.approx(0.1, abs=0.01)
 
 
+def test_a_cell_that_zeros_force_to_zero_gets_there() -> None:
+    table, misfit = fit_pair(np.array([[5.0, 7.0], [3.0, 0.0]]), margin(1, 1), margin(1, 1))
+    assert misfit is None
+    assert table == pytest.approx(np.array([[0.0, 0.5], [0.5, 0.0]]), abs=1e-9)
+
+
+@pytest.mark.parametrize("rare", [1e-4, 1e-6])
+def test_rare_values_correlate_or_are_told_not_to(rare: float) -> None:
+    p, half, two, three = margin(rare, 1 - rare), margin(1, 1), np.array([0.0, 1]), np.array([0.0, 1, 2])
+    assert pair_of_correlation(p, half, two, two, 0.5) is None
+    assert pair_of_correlation(p, margin(1, 1, 1), two, three, 0.5) is None
+    alike = pair_of_correlation(p, p, two, two, 0.5)
+    assert alike is not None
+    assert alike[0, 0] == pytest.approx(rare * rare + 0.5 * rare * (1 - rare), rel=1e-9)
+    q = margin(rare, (1 - rare) / 2, (1 - rare) / 2)
+    weak = pair_of_correlation(p, q, two, np.array([9.0, 1, 2]), -0.1 * math.sqrt(rare))
+    assert weak is not None
+    assert (weak.sum(1), weak.sum(0)) == (pytest.approx(p, abs=1e-8), pytest.approx(q, abs=1e-8))
+
+
 def test_two_pairs_of_three_attributes_are_conditionally_independent_given_the_shared_one() -> None:
     codes = axes((2, 2, 2))
     ab, bc = np.array([[0.4, 0.1], [0.2, 0.3]]), np.array([[0.5, 0.1], [0.1, 0.3]])

@@ -18,8 +18,14 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _ROUNDS = 5000
+_REFITS = 3
+# Of what a cell was halfway through the rounds; one that falls like one over the rounds has half of it left.
+_FALLING = 0.75
 _BISECTIONS = 40
 _LARGEST_BETA = 16.0
+_LARGEST_EXPONENT = 600.0
+# What floating point leaves of a share of 0.
+_LARGEST_NEGATIVE = 1e-12
 # Of an image: what floating point leaves where a number is whole.
 _ROUNDING = 1e-6
 
@@ -51,18 +57,39 @@ def fit(seed: Floats, margins: Sequence[Margin], tolerance: float = 1e-9) -> tup
 
     Iterative proportional fitting (Deming & Stephan 1940): the seed's odds ratios and zeros stay. With the Misfit
     where there is none to `tolerance`, because zeros of the seed or margins at odds with each other are in the way.
+
+    Where zeros force a cell of the table to be 0 too, it falls like one over the rounds only, and never gets there:
+    cells that still fall are then taken out, which counts if the margins are met without them.
     """
-    table = seed.astype(np.float64)
+    table, misfit, falling = _fitted(seed, margins, tolerance)
+    without = seed
+    for _ in range(_REFITS):
+        if misfit is None or not falling.any():
+            break
+        without = np.where(falling, 0.0, without)
+        refitted, still, falling = _fitted(without, margins, tolerance)
+        if still is None:
+            return refitted, None
+    return table, misfit
+
+
+def _fitted(
+    seed: Floats, margins: Sequence[Margin], tolerance: float
+) -> tuple[Floats, Misfit | None, NDArray[np.bool_]]:
+    """The table, how it misses its margins, and which of its cells still fall."""
+    table = halfway = seed.astype(np.float64)
     misfit = None
-    for _ in range(_ROUNDS):
+    for done in range(_ROUNDS):
+        if done == _ROUNDS // 2:
+            halfway = table
         for margin in margins:
             sums = margin.sums(table)
             factors = np.divide(margin.target, sums, out=np.zeros_like(sums), where=sums > 0)
             table = table * factors[margin.group]
         misfit = _worst(table, margins)
         if misfit.difference <= tolerance:
-            return table, None
-    return table, misfit
+            return table, None, np.zeros(len(table), dtype=np.bool_)
+    return table, misfit, (table > 0) & (table < _FALLING * halfway)
 
 
 def _worst(table: Floats, margins: Sequence[Margin]) -> Misfit:
@@ -75,28 +102,40 @@ def _worst(table: Floats, margins: Sequence[Margin]) -> Misfit:
 def pair_of_correlation(p: Floats, q: Floats, u: Floats, v: Floats, correlation: float) -> Floats | None:
     """The joint table [len(p), len(q)] of margins p and q whose scores u and v correlate so; None where none does.
 
-    Of all such tables the one of the form a_i b_j exp(beta u_i v_j), which for two values each is the only one.
+    Of all such tables the one of the form a_i b_j exp(beta u_i v_j), which for two values each is the only one and
+    has a closed form. Of each, two scores at least that have a share must differ.
     """
     u, v = _standard(p, u), _standard(q, v)
+    if len(p) == len(q) == 2:
+        return _two_by_two(p, q, correlation * math.copysign(1.0, (u[1] - u[0]) * (v[1] - v[0])))
+    product = np.outer(u, v)
+    spread = float(product.max() - product.min())
 
     def table(beta: float) -> Floats:
-        exponent = beta * np.outer(u, v)
+        exponent = beta * product
         return fit_pair(np.exp(exponent - exponent.max()), p, q)[0]
 
     def correlates(beta: float) -> float:
         return float(u @ table(beta) @ v)
 
-    end = 1.0
+    # Rare values have large scores, and what is further below the largest exponent is 0 in double precision.
+    end = min(1.0, 1.0 / spread) if spread > _LARGEST_EXPONENT else 1.0
     while abs(correlates(math.copysign(end, correlation))) < abs(correlation):
         end *= 2
         # There nothing moves any more: this is as strongly as these margins can correlate.
-        if end > _LARGEST_BETA:
+        if end > _LARGEST_BETA or end * spread > max(_LARGEST_EXPONENT, _LARGEST_BETA):
             return None
     low, high = sorted((0.0, math.copysign(end, correlation)))
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if correlates(middle) < correlation else (low, middle)
     return table((low + high) / 2)
+
+
+def _two_by_two(p: Floats, q: Floats, correlation: float) -> Floats | None:
+    first = p[0] * q[0] + correlation * math.sqrt(p[0] * p[1] * q[0] * q[1])
+    table = np.array([[first, p[0] - first], [q[0] - first, p[1] - (q[0] - first)]])
+    return None if table.min() < -_LARGEST_NEGATIVE else np.maximum(table, 0.0)
 
 
 def fit_pair(seed: Floats, p: Floats, q: Floats) -> tuple[Floats, Misfit | None]:

@@ -183,6 +183,8 @@ class _Joint:
         middles = [(v.low + v.high) / 2 if isinstance(v, Span) else v for v in values]
         if not all(isinstance(middle, float) for middle in middles):
             raise RecipeError(f"{where}: {name} is no number and has not two values; say `joint` instead")
+        if len({m for m, images in zip(middles, self._quotas[attribute], strict=True) if images}) < 2:
+            raise RecipeError(f"{where}: the values of {name} have one middle, which correlates with nothing")
         return np.array(middles, dtype=np.float64)
 
     def _refusal(self, axes: tuple[int, ...], margin: Margin, misfit: Misfit) -> Exception:
