@@ -53,7 +53,7 @@ def ray_cluster(s3: EmbeddedS3) -> Iterator[None]:
 
     os.environ["SCANLOOM_PSEUDONYM_KEY"] = "0123456789abcdef" * 4
     known = s3.environment | {"SCANLOOM_PSEUDONYM_KEY": os.environ["SCANLOOM_PSEUDONYM_KEY"]}
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": known})
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": known})
     yield
     ray.shutdown()
 
