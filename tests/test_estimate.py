@@ -120,6 +120,7 @@ def test_another_dataset_is_named_by_like(store: Path) -> None:
         ({"guidance_scale": 1.0}, "guidance"),
         ({"precision": "bf16", "slots": 64}, "precision, slots"),
         ({"gpus_per_engine": 1}, "device"),
+        ({"cpus_per_engine": 4}, "cpus_per_engine"),
     ],
 )
 def test_a_rate_of_other_settings_is_not_used_and_its_difference_told(

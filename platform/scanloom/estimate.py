@@ -177,6 +177,11 @@ def _differences(section: Generate, spec: PlanSpec, statistics: Mapping[str, Any
     on_gpu = {environment["device"] != "cpu" for environment in statistics["environments"]}
     if on_gpu and on_gpu != {section.gpus_per_engine > 0}:
         found.append("device")
+    elif on_gpu == {False} and {environment["threads"] for environment in statistics["environments"]} != {
+        section.cpus_per_engine
+    }:
+        # The threads of an engine, which is all that its speed on CPU comes from.
+        found.append("cpus_per_engine")
     return found
 
 

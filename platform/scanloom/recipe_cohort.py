@@ -91,6 +91,12 @@ class AsCorpusCohort(Section):
     over: Words | None = None
     """None: all attributes. A combination that leaves one of them unknown is not raised."""
 
+    @model_validator(mode="after")
+    def _over_what_is_raised(self) -> Self:
+        if self.over is not None and not self.least_share:
+            raise ValueError("over: says which combinations to raise; give least_share too, or leave it out")
+        return self
+
 
 Cohort = Annotated[
     CellsCohort | TableCohort | MarginalsCohort | BalancedCohort | AsCorpusCohort, Field(discriminator="kind")

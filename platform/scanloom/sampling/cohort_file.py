@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -71,16 +72,20 @@ def _csv_rows(data: bytes, where: str) -> Rows:
 
 def _parquet_rows(data: bytes, where: str) -> Rows:
     try:
-        table = pq.read_table(io.BytesIO(data))
+        file = pq.ParquetFile(io.BytesIO(data))
+        _require_distinct(file.schema_arrow.names, where)
+        rows = file.read().to_pylist()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{where}: has text that is not UTF-8; save it as UTF-8") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise RecipeError(f"{where}: is no Parquet file; check the URI") from error
-    _require_distinct(table.column_names, where)
-    return [(f"row {number}", _without_nan(row)) for number, row in enumerate(table.to_pylist())]
+    return [(f"row {number}", {name: _plain(v) for name, v in row.items()}) for number, row in enumerate(rows)]
 
 
-def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
-    # pandas writes NaN where it has nothing.
-    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in row.items()}
+def _plain(value: Any) -> Any:
+    """pandas writes NaN where it has nothing, and DuckDB's sums are decimals."""
+    value = float(value) if isinstance(value, Decimal) else value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _require_distinct(columns: list[str], where: str) -> None:

@@ -21,7 +21,7 @@ from scanloom.sampling.draw import quotas
 def raised(cohort: AsCorpusCohort, schema: AttributeSchema, corpus: CorpusTable, images: int) -> list[Cell]:
     """The corpus's cells with every combination of `cohort.over` at `least_share` of the images at least.
 
-    Combinations below it get exactly that share, the others keep their proportions in what is left. Raises
+    Combinations below it get that share, in whole images, the others keep their proportions in what is left. Raises
     RecipeError where the least shares alone are more than all.
     """
     over = cohort.over or schema.names
@@ -31,18 +31,24 @@ def raised(cohort: AsCorpusCohort, schema: AttributeSchema, corpus: CorpusTable,
     for cell in corpus.cells:
         groups.setdefault(tuple(cell.values.get(name) for name in over), []).append(corpus.trimmed(cell))
     scans = [Fraction(sum(round(cell.share) for cell in cells)) for cells in groups.values()]
-    shares = _with_floor(scans, [None not in group for group in groups], Fraction(str(cohort.least_share)))
+    least = Fraction(str(cohort.least_share))
+    may_rise = [None not in group for group in groups]
+    _require_enough(least, sum(may_rise), images)
+    shares = _with_floor(scans, may_rise, Fraction(math.ceil(least * images), images))
     counts = quotas(shares, images)
     return [cell for cells, count in zip(groups.values(), counts, strict=True) for cell in _shared_out(cells, count)]
 
 
+def _require_enough(least: Fraction, combinations: int, images: int) -> None:
+    asked = f"generate.cohort: least_share {float(least):g} for {combinations} combinations is"
+    if combinations * least > 1:
+        raise RecipeError(f"{asked} more than all images; 1/{combinations} at most, or name fewer attributes in `over`")
+    if combinations * (each := math.ceil(least * images)) > images:
+        raise RecipeError(f"{asked} {each} images each, more than {images} in all; order more images, or raise by less")
+
+
 def _with_floor(weights: Sequence[Fraction], may_rise: Sequence[bool], least: Fraction) -> list[Fraction]:
     """Shares in proportion to the weights, but `least` where one that may rise would have less; they sum to 1."""
-    if (most := sum(may_rise)) * least > 1:
-        raise RecipeError(
-            f"generate.cohort: least_share {float(least):g} for {most} combinations is more than all images; "
-            f"1/{most} at most, or name fewer attributes in `over`"
-        )
     held: set[int] = set()
     while True:
         free = sum(weight for place, weight in enumerate(weights) if place not in held)
