@@ -71,7 +71,7 @@ def refused(trained: Probe, pixels: np.ndarray[Any, Any], asked: list[dict[str, 
 
 
 def test_a_probe_is_an_artefact_made_from_its_corpus(made: Artefact, trained: Probe) -> None:
-    corpus = open_artefact(made.uri.replace("/probe", "/corpus"), "corpus")
+    corpus = open_artefact(str(Path(made.uri).parent / "corpus"), "corpus")
     assert [(entry.role, entry.digest) for entry in made.manifest.inputs] == [("corpus", corpus.digest)]
     assert list(verify(made)) == []
     assert trained.digest == made.digest
