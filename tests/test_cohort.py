@@ -226,6 +226,7 @@ def test_a_request_outside_the_envelope_is_refused_naming_both(cohort: Cohort, r
         (CellsCohort(cells=({"sex": "Q"},)), "sex='Q'"),
         (CellsCohort(cells=({"age": [50, 40]},)), "low is over high"),
         (CellsCohort(cells=({"age": [1, 2, 3]},)), "[low, high]"),
+        (CellsCohort(cells=({"age": 10**400},)), "age: an integer of so many digits"),
         (CellsCohort(cells=({"sex": "F", "share": -1},)), "share -1"),
         (CellsCohort(cells=({"sex": "F", "share": 0},)), "sum to 0"),
         (CellsCohort(cells=({"findings": "Cardiomegally"},)), "did you mean 'Cardiomegaly'"),

@@ -190,4 +190,7 @@ def _span(declaration: AttributeDeclaration, said: Sequence[object]) -> Span:
 
 
 def _checked(declaration: AttributeDeclaration, value: object) -> Value:
-    return AttributeSchema(declarations=(declaration,)).check({declaration.name: value})[declaration.name]
+    try:
+        return AttributeSchema(declarations=(declaration,)).check({declaration.name: value})[declaration.name]
+    except OverflowError:
+        raise RecipeError(f"{declaration.name}: an integer of so many digits is beyond all numbers") from None
