@@ -107,15 +107,18 @@ class Trial:
     def disturb(self, victim: Victim, chance: random.Random, hosts: Hosts) -> None:
         """Run the job and, after a random number of commits and a random moment more, kill -9 the victim.
 
-        A job whose driver lives must end well.
+        Engines that cost nothing are far ahead of the commits: theirs is a random moment after one is there. A job
+        whose driver lives must end well.
         """
-        process = self.start()
-        # Engines that cost nothing are far ahead of the writers, and gone before the last commits.
-        most = (SHARDS - self.commits()) // (3 if victim == "engine" else 1)
-        wanted = self.commits() + chance.randrange(max(1, most))
-        _wait(process, lambda: self.commits() >= wanted)
+        process, moment = self.start(), chance.uniform(0.0, 0.2)
+        if victim == "engine":
+            _wait(process, lambda: bool(named(os.getpid(), WORKERS[victim])))
+            moment *= 5
+        else:
+            wanted = self.commits() + chance.randrange(max(1, SHARDS - self.commits()))
+            _wait(process, lambda: self.commits() >= wanted)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0.0, 0.2))
+            process.wait(moment)
         killed = _strike(process, victim, chance, hosts)
         self.kills[victim] += killed
         if victim == "driver" and killed:
@@ -137,7 +140,7 @@ def _strike(process: subprocess.Popen[str], victim: Victim, chance: random.Rando
         alive = process.poll() is None
         hosts.lose(chance.randrange(2))
         return alive
-    # A writer is there for a moment only, and an engine not before its actor starts.
+    # A writer is there for a moment only.
     _wait(process, lambda: bool(named(os.getpid(), WORKERS[victim])))
     return process.poll() is None and any(kill(found) for found in named(os.getpid(), WORKERS[victim])[:1])
 
