@@ -295,7 +295,7 @@ def ddp(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
     text = (
         f"The denoiser and batches of the first table, half a batch a worker, one thread each.\n\n"
         f"{_table(runs, titles)}\n\n"
-        f"Ray's own processes (some thirty) wake many times a second and need cores beside the workers': what they "
+        f"Ray's own processes wake many times a second and need cores beside the workers': what they "
         f"take from workers that hold every core of the machine shows between the last two rows.\n"
     )
     return text, missed
