@@ -6,8 +6,8 @@ and the batches take turns. Decoding is a stage of its own (sampling.decoding).
 
 Denoiser and decoder always see the same batch shape, and conditions are made one image at a time: on one configuration
 of device and threads an image's bits do not depend on who shares the batch. That needs kernels that treat all rows of
-a batch alike, which CPU kernels on one thread do; `is_batch_invariant` finds out for others. On a CPU the shape does
-not depend on the number of slots either (CPU_ROWS), so that the bits do not.
+a batch alike, which CPU kernels on one thread do; `is_batch_invariant` finds out for others. The rows of a
+call are the slots, on a CPU CPU_ROWS at most: another number of rows may change the last bits (docs/engine.md).
 """
 
 from __future__ import annotations
