@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
-import re
 import statistics
 import sys
 import tempfile
@@ -18,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tests.benchmarks.measured_page import machine, write_section
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "engine-speed.md"
@@ -323,25 +323,12 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="scanloom-bench-") as folder:
             text, short = measure(Path(folder), asked.rounds)
         how = "" if part == "gpu" else f", {asked.rounds} rounds"
-        section = f"## {title}\n\nOn {_machine()}{how}.\n\n{text}"
-        _write(title, section)
+        section = f"## {title}\n\nOn {machine()}{how}.\n\n{text}"
+        write_section(PAGE, HEAD, [name for name, _ in PARTS.values()], title, section)
         print(section)  # noqa: T201
         missed += short
     print(*missed, sep="\n")  # noqa: T201
     return 1 if missed else 0
-
-
-def _write(title: str, section: str) -> None:
-    """Put a part's section in its place on the page; the others stay as they were measured."""
-    there = re.split(r"^(?=## )", PAGE.read_text(), flags=re.MULTILINE)[1:] if PAGE.exists() else []
-    sections = {text.partition("\n")[0].removeprefix("## "): text.strip() for text in there} | {title: section.strip()}
-    known = [sections[name] for name, _ in PARTS.values() if name in sections]
-    PAGE.write_text("\n\n".join([HEAD.strip(), *known]) + "\n")
-
-
-def _machine() -> str:
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ": a CPU")
-    return f"{os.cpu_count()} cores of {model.partition(':')[2].strip()}"
 
 
 if __name__ == "__main__":
