@@ -31,6 +31,7 @@ from scanloom.recipe_probe import Probe
 from scanloom.shards.writer import png_pixels
 from scanloom.store import Store
 from scanloom.training.calibration import checks, readings
+from scanloom.training.data_parallel import bare, mean_over_workers, report_checkpoint, restore
 from scanloom.training.draws import draw, positions, rows_at
 from scanloom.training.views import full_range
 
@@ -100,9 +101,13 @@ class State:
 
     @property
     def network(self) -> ProbeNetwork:
-        bare: Any = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
-        network: ProbeNetwork = bare
+        network: ProbeNetwork = bare(self.model)
         return network
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"model": self.network, "optimizer": self.optimizer}
 
 
 def train_probe(config: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +131,8 @@ def _train(job: ProbeJob) -> dict[str, Any]:
     card = blank_card(job, train, len(held_out))
     wanted_NO = torch.from_numpy(targets(job.attributes, train.attributes, card.scales))
     state = _initial(job)
-    metrics = _restore(state)
+    metrics = restore(CHECKPOINT, state.parts)
+    state.step = metrics.get("step", 0)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     started, resumed_at = time.monotonic(), state.step
@@ -139,18 +145,21 @@ def _train(job: ProbeJob) -> dict[str, Any]:
         saving = state.step % recipe.checkpoint_every_steps == 0 and state.step < recipe.steps
         if not saving and state.step % REPORT_EVERY_STEPS and state.step < recipe.steps:
             continue
-        mean_loss = _mean_over_workers(loss)
+        mean_loss = mean_over_workers(loss)
         if not math.isfinite(mean_loss):
             raise RecipeError(f"probe: the loss is no number at step {state.step}; lower probe.learning_rate")
         rate = (state.step - resumed_at) * recipe.batch_size / (time.monotonic() - started)
         metrics = {"step": state.step, "loss": mean_loss, "images_per_s": rate}
-        _report(state, metrics, rank if saving else None)
+        if saving:
+            report_checkpoint(CHECKPOINT, state.parts, metrics, rank)
+        else:
+            ray.train.report(metrics)
     # Also where a resumed run finds all its steps done: what it had written may be gone.
     made: dict[str, Any] = {}
     if rank == 0:
         card = judged(card, state.network, held_out, train)
         made = {"files": _written(job, card, state.network), "card": card.model_dump(mode="json")}
-    _report(state, metrics, rank)
+    report_checkpoint(CHECKPOINT, state.parts, metrics, rank)
     return metrics | made
 
 
@@ -246,39 +255,9 @@ def _square(png: bytes, size_px: int) -> Tensor:
     return resampled(torch.from_numpy(full_range(png_pixels(png)))[None, None], size_px)[0].half()
 
 
-def _mean_over_workers(value: Tensor) -> float:
-    value = value.float().clone()
-    torch.distributed.all_reduce(value)
-    return float(value) / torch.distributed.get_world_size()
-
-
 def _written(job: ProbeJob, card: ProbeCard, network: ProbeNetwork) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="scanloom-probe-") as folder:
         weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
         save_file(weights, Path(folder) / WEIGHTS)
         (Path(folder) / CARD).write_text(card.model_dump_json(indent=1))
         return [FileEntry.of(file).model_dump() for file in Store(job.probe_uri).put_folder(Path(folder))]
-
-
-def _report(state: State, metrics: dict[str, Any], rank: int | None) -> None:
-    """Report, with a checkpoint of worker 0 where a rank is given; every worker calls it equally often."""
-    if rank != 0:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory(prefix="scanloom-checkpoint-") as folder:
-        saved = {"model": state.network.state_dict(), "optimizer": state.optimizer.state_dict(), "metrics": metrics}
-        torch.save(saved, Path(folder) / CHECKPOINT)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _restore(state: State) -> dict[str, Any]:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return {}
-    with checkpoint.as_directory() as folder:
-        saved = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
-    state.network.load_state_dict(saved["model"])
-    state.optimizer.load_state_dict(saved["optimizer"])
-    metrics: dict[str, Any] = saved["metrics"]
-    state.step = metrics["step"]
-    return metrics

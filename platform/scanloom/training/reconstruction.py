@@ -35,6 +35,7 @@ from scanloom.recipe import Autoencoder, Recipe
 from scanloom.recipe_denoiser import TextDenoiser
 from scanloom.shards.writer import png_pixels
 from scanloom.store import Store
+from scanloom.training.data_parallel import bare, mean_over_workers, report_checkpoint, restore
 from scanloom.training.draws import draw, positions, rows_at
 from scanloom.training.given_weights import autoencoder_digest, fetch_autoencoder
 from scanloom.training.views import full_range
@@ -106,7 +107,7 @@ class State:
 
     @property
     def vae(self) -> AutoencoderKL:
-        vae: AutoencoderKL = _bare(self.model).vae
+        vae: AutoencoderKL = bare(self.model).vae
         return vae
 
 
@@ -132,7 +133,8 @@ def _train(job: AutoencoderJob) -> dict[str, Any]:
     held_out = _stream("validation", job.size_px)[:HELD_OUT_ROWS]
     state = _initial(job)
     before = _start_error(state.vae, held_out) if recipe.start_from else {}
-    metrics = _restore(state)
+    metrics = restore(CHECKPOINT, _parts(state))
+    state.step = metrics.get("step", 0)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     started, resumed_at = time.monotonic(), state.step
@@ -145,14 +147,14 @@ def _train(job: AutoencoderJob) -> dict[str, Any]:
         saving = state.step % recipe.checkpoint_every_steps == 0 or state.step == recipe.steps
         if not saving and state.step % REPORT_EVERY_STEPS:
             continue
-        mean_loss = _mean_over_workers(loss)
+        mean_loss = mean_over_workers(loss)
         _require_finite({"loss": mean_loss}, state, recipe)
         rate = (state.step - resumed_at) * recipe.batch_size / (time.monotonic() - started)
         metrics = before | {"step": state.step, "loss": mean_loss, "images_per_s": rate}
         if saving:
             metrics |= reconstruction_error(state.vae, held_out)
             _require_finite(metrics, state, recipe)
-            _report_checkpoint(state, metrics, rank)
+            report_checkpoint(CHECKPOINT, _parts(state), metrics, rank)
         else:
             ray.train.report(metrics)
     # Also where a resumed run finds all its steps done: what it had written may be gone.
@@ -237,11 +239,11 @@ def _train_step(state: State, recipe: Autoencoder, pixels: Tensor, noise: Tensor
         total = loss
         if adversarial:
             # The bare discriminator: this pass must not touch its gradients' reduction.
-            verdict = _bare(state.discriminator).requires_grad_(False)(reconstructed)[-1]
+            verdict = bare(state.discriminator).requires_grad_(False)(reconstructed)[-1]
             total = loss - recipe.adversarial_weight * verdict.float().mean()
     _update(state.optimizer, state.model, total)
     if adversarial:
-        _bare(state.discriminator).requires_grad_(True)
+        bare(state.discriminator).requires_grad_(True)
         _discriminate(state, recipe, pixels, reconstructed.detach())
     return loss.detach()
 
@@ -314,16 +316,6 @@ def _require_finite(metrics: Mapping[str, float], state: State, recipe: Autoenco
         )
 
 
-def _mean_over_workers(value: Tensor) -> float:
-    value = value.detach().float().clone()
-    torch.distributed.all_reduce(value)
-    return float(value) / torch.distributed.get_world_size()
-
-
-def _bare(model: nn.Module) -> Any:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
 def _release(job: AutoencoderJob, state: State, scans: Tensor, rank: int) -> list[FileEntry]:
     if rank != 0:
         return []
@@ -342,33 +334,10 @@ def _release(job: AutoencoderJob, state: State, scans: Tensor, rank: int) -> lis
     return [FileEntry.of(file) for file in stored]
 
 
-def _report_checkpoint(state: State, metrics: dict[str, Any], rank: int) -> None:
-    if rank != 0:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory(prefix="scanloom-checkpoint-") as folder:
-        saved = {name: part.state_dict() for name, part in _parts(state).items()} | {"metrics": metrics}
-        torch.save(saved, Path(folder) / CHECKPOINT)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _restore(state: State) -> dict[str, Any]:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return {}
-    with checkpoint.as_directory() as folder:
-        saved = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
-    for name, part in _parts(state).items():
-        part.load_state_dict(saved[name])
-    metrics: dict[str, Any] = saved["metrics"]
-    state.step = metrics["step"]
-    return metrics
-
-
 def _parts(state: State) -> dict[str, Any]:
     return {
-        "model": _bare(state.model),
-        "discriminator": _bare(state.discriminator),
+        "model": bare(state.model),
+        "discriminator": bare(state.discriminator),
         "optimizer": state.optimizer,
         "discriminator_optimizer": state.discriminator_optimizer,
     }
