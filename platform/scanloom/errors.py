@@ -5,6 +5,8 @@ ScanloomError
 ├── ScanError        one input scan is unusable: a quarantine row, never a dead job
 ├── StoreError       the object store refused or failed; `retryable` says whether trying again can help
 ├── ArtefactError    an artefact is missing, damaged, or does not fit this recipe or this code
+├── BusyError        a service has no room for this now, or not in time: ask again after `retry_after_s`
+│   └── DeadlineError  not by the time that was asked for
 └── ReleaseRefused   a gate's value is over its limit
 """
 
@@ -57,3 +59,21 @@ class ArtefactError(ScanloomError):
 
 class ReleaseRefused(ScanloomError):
     """A gate refused; the message names gate, value and limit."""
+
+
+class BusyError(ScanloomError):
+    """A service refuses work that it could do at another time; `retry_after_s` says when asking again may help."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (BusyError, (str(self), self.retry_after_s))
+
+
+class DeadlineError(BusyError):
+    """What was asked for cannot be there by its deadline, as things stand; with a later one it may."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (DeadlineError, (str(self), self.retry_after_s))
