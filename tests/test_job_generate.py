@@ -12,6 +12,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow.dataset
 import pytest
 from pydicom import dcmread
 from pydicom.filebase import DicomBytesIO
@@ -89,6 +90,21 @@ def test_duckdb_queries_the_parquet_shards(local: Path) -> None:
     with duckdb.connect() as connection:
         found = connection.execute(query).fetchall()
     assert dict(found) == {"F": 11, "M": 11}
+
+
+def test_duckdb_asks_the_bucket_itself_and_reads_only_the_columns_asked_for(dataset: Artefact) -> None:
+    images = pyarrow.dataset.dataset(dataset.store.path("images"), filesystem=dataset.store.filesystem)
+    who = "sex = 'M' and age between 82 and 86 and list_contains(findings, 'Cardiomegaly')"
+    with duckdb.connect() as connection:
+        connection.register("images", images)
+        found = connection.execute(f"select count(*) from images where {who}").fetchone()
+    expected = [
+        row
+        for row in rows(dataset, "images", ["sex", "age", "findings"])
+        if row["sex"] == "M" and 82 <= row["age"] <= 86 and "Cardiomegaly" in row["findings"]
+    ]
+    assert found == (len(expected),)
+    assert expected
 
 
 def test_datasets_decodes_the_images(local: Path, tmp_path: Path) -> None:

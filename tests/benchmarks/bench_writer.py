@@ -42,6 +42,7 @@ from tests.tiny_generator import STATISTICS
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "writer-speed.md"
 SIZE_PX, PER_SHARD, DISTINCT = 512, 64, 8
 WRITERS = 2
+START_S = 60.0
 LEAST_OF_UPLOAD, LEAST_LOCAL, LEAST_TEMPLATE = 0.8, 400.0, 10.0
 GRAIN = 8.0
 """Deviation of the noise in levels of 65,536; JPEG XL then takes about half of the bytes of the pixels."""
@@ -72,16 +73,17 @@ def plan_of(shards: int) -> Plan:
 _PROCESS: dict[str, Any] = {}
 
 
-def prepare(shards: int) -> None:
+def prepare(shards: int, writers: Any) -> None:
     """Once a process, before the clock runs: pixels of a shard, and the bytes that come of it."""
     plan = plan_of(shards)
     pixels = pictures(PER_SHARD)
     parts = list(shard_parts(plan.spec, 0, plan.rows(0), pixels))
-    _PROCESS.update(plan=plan, pixels=pixels.tobytes(), parts=parts)
+    _PROCESS.update(plan=plan, pixels=pixels.tobytes(), parts=parts, writers=writers)
 
 
 def ready(_: int) -> int:
-    time.sleep(0.2)  # so that no process takes them all
+    """The number of this process, once all writers are there: none takes two of these calls."""
+    _PROCESS["writers"].wait(START_S)
     return os.getpid()
 
 
@@ -207,9 +209,8 @@ def main() -> int:
         os.environ.update(s3.environment)
         s3.create_bucket("bench")
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(WRITERS, context, prepare, (given.shards,)) as pool:
-            while len(set(pool.map(ready, range(2 * WRITERS)))) < WRITERS:
-                pass
+        with ProcessPoolExecutor(WRITERS, context, prepare, (given.shards, context.Barrier(WRITERS))) as pool:
+            assert len(set(pool.map(ready, range(WRITERS)))) == WRITERS
             rate(pool, written, "s3://bench/warm", 2)
             to_s3 = in_turns(pool, "s3://bench/rounds", given.shards, given.rounds)
             to_disk = in_turns(pool, f"{folder}/local", given.shards, given.rounds)
