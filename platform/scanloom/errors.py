@@ -2,11 +2,13 @@
 
 ScanloomError
 ├── RecipeError      the recipe or the command line is wrong: fix the file
+│   └── DeadlineTooShort  no engine of this kind is fast enough for it, however idle
 ├── ScanError        one input scan is unusable: a quarantine row, never a dead job
 ├── StoreError       the object store refused or failed; `retryable` says whether trying again can help
 ├── ArtefactError    an artefact is missing, damaged, or does not fit this recipe or this code
 ├── BusyError        a service has no room for this now, or not in time: ask again after `retry_after_s`
 │   └── DeadlineError  not by the time that was asked for
+├── QualityError     no attempt at an image passed the quality checks; the same order ends the same way
 └── ReleaseRefused   a gate's value is over its limit
 """
 
@@ -19,6 +21,10 @@ class ScanloomError(Exception):
 
 class RecipeError(ScanloomError):
     """The recipe, an override or an argument is wrong; nothing was started."""
+
+
+class DeadlineTooShort(RecipeError):
+    """What was asked for takes longer than its `deadline_s` leaves, even with an engine to itself."""
 
 
 class ScanError(ScanloomError):
@@ -69,11 +75,12 @@ class BusyError(ScanloomError):
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (BusyError, (str(self), self.retry_after_s))
+        return (type(self), (str(self), self.retry_after_s))
 
 
 class DeadlineError(BusyError):
     """What was asked for cannot be there by its deadline, as things stand; with a later one it may."""
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (DeadlineError, (str(self), self.retry_after_s))
+
+class QualityError(ScanloomError):
+    """None of the attempts at an image is one that would enter a dataset; another seed or other attributes may do."""

@@ -34,6 +34,8 @@ class ImageOrder:
     """None: the generator's own."""
     bits_stored: Literal[8, 12, 16] = 8
     priority: Priority = "interactive"
+    asked: float | None = None
+    """Seconds since 1970 when it was asked for, from which `due` was reckoned; None: when the desk takes it."""
 
 
 @dataclass(frozen=True)
