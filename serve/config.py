@@ -8,17 +8,14 @@ A Serve config file carries them as `args` of the application; `scanloom serve G
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from scanloom.api import Name
+from scanloom.api_key import Scope as Scope
 from scanloom.recipe_generate import Quality, Solver
 from scanloom.section import Count, Positive, Section, Words
-
-Scope = Literal["generate", "datasets", "admin"]
-"""generate: images and generators; datasets: datasets and generators; admin: every tenant's datasets, and metrics."""
 
 
 class ServedGenerator(Section):
@@ -35,7 +32,7 @@ class ServedGenerator(Section):
 
 
 class Replicas(Section):
-    """Of the engines, and what Ray gives each; autoscaled by the images they are asked for."""
+    """Of the engines, and what Ray gives each; there are as many as it takes for one request to every two slots."""
 
     least: Annotated[int, Field(ge=0)] = 1
     """0: none while nobody asks; the first to ask waits for one to start."""
@@ -45,12 +42,15 @@ class Replicas(Section):
     gpus: Annotated[float, Field(ge=0)] = 0
     slots: Count = 32
     """Rows of the denoiser's batch; a guided image takes two."""
+    rows: Count | None = None
+    """Of one call of the denoiser, idle ones padded. Few answer a lone image soon, many make more images per second; a
+    dataset's engine has as many as slots. None: 4 on a CPU, all slots on a GPU."""
     loaded: Count = 2
     """Generators in memory at once; the one that was idle longest makes room for another."""
     requests: Count = 64
     """That a replica takes at once, running and waiting for slots."""
-    queued: Annotated[int, Field(ge=0)] = 64
-    """Requests that wait for a replica at the gateway; more are refused with 429."""
+    queued: Count = 64
+    """Requests that wait at a gateway because every replica has its `requests`; more are refused with 429."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
     downscale_delay_s: Annotated[float, Field(ge=0)] = 120.0
     drain_s: Annotated[float, Field(ge=0)] = 60.0
@@ -98,8 +98,7 @@ class ApiKey(Section):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     tenant: Name
     scopes: Annotated[tuple[Scope, ...], Field(min_length=1)] = ("generate", "datasets")
-    expires: datetime | None = None
-    """With its time zone."""
+    expires: AwareDatetime | None = None
 
 
 class Oidc(Section):

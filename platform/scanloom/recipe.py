@@ -43,7 +43,7 @@ from scanloom.recipe_probe import Probe as Probe
 from scanloom.recipe_train import Autoencoder as Autoencoder
 from scanloom.recipe_train import Encode as Encode
 from scanloom.recipe_train import Finetune as Finetune
-from scanloom.section import Count, Section, Words
+from scanloom.section import Count, Section, Words, first_faults
 from scanloom.section import nearest as nearest
 
 # Column names of the Parquet shards that no attribute may shadow.
@@ -53,7 +53,7 @@ RESERVED_COLUMNS = frozenset(
         "width", "height", "bits_stored", "spacing_mm", "mean", "logvar", "unit", "member", "sop_instance_uid",
         "dicom_shard", "dicom_offset", "dicom_length", "share", "count", "attributes", "cell", "mean_intensity",
         "frame", "window", "value_low", "value_high", "value_unit", "orientation", "direction", "position_mm",
-        "repairs", "text_lines", "fingerprint", "prompt", "attempt", "reason", "figures",
+        "repairs", "text_lines", "fingerprint", "prompt", "attempt", "reason", "figures", "order",
     }
 )  # fmt: skip
 
@@ -182,6 +182,11 @@ class Recipe(Section):
         root = self.store if "://" in self.store else str(Path(self.store).expanduser().absolute())
         return f"{root.rstrip('/')}/{artefact}" + (f"-v{self.corpus_version}" if versioned else "")
 
+    @property
+    def generator_uri(self) -> str:
+        """URI of the generator that `generate` takes: the one that it names, else this recipe's."""
+        return (self.generate and self.generate.generator) or self.uri("generator")
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file after its overrides (`section.key=value`, the value read as YAML).
@@ -190,20 +195,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     source = Path(path)
     try:
-        text = source.read_text(encoding="utf-8")
+        content = source.read_bytes()
     except OSError as error:
         raise RecipeError(f"recipe {source}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {source}: is not UTF-8 text; check the path") from error
+    return read_recipe(content, str(source), overrides)
+
+
+def read_recipe(content: bytes, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the content of a YAML file, after its overrides; raises as `load_recipe` does, naming `where`."""
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.safe_load(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {where}: is not UTF-8 text; check the path") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {source}: not YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"recipe {where}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise RecipeError(f"recipe {source}: holds {type(tree).__name__}, expected a mapping of keys")
+        raise RecipeError(f"recipe {where}: holds {type(tree).__name__}, expected a mapping of keys")
     for override in overrides:
         _override(tree, override)
-    return parse_recipe(tree, str(source))
+    return parse_recipe(tree, where)
 
 
 def parse_recipe(tree: Mapping[str, object], where: str) -> Recipe:
@@ -211,16 +221,7 @@ def parse_recipe(tree: Mapping[str, object], where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"recipe {where}: {_first_lines(error)}") from error
-
-
-def _first_lines(error: ValidationError) -> str:
-    faults = []
-    for fault in error.errors(include_url=False)[:4]:
-        place = ".".join(str(part) for part in fault["loc"]) or "top level"
-        shown = "" if isinstance(fault["input"], (dict, list)) else f" (got {fault['input']!r})"
-        faults.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}{shown}")
-    return "; ".join(faults)
+        raise RecipeError(f"recipe {where}: {first_faults(error)}") from error
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

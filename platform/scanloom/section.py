@@ -6,12 +6,20 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+
+
+class UnknownKey(ValueError):
+    """A section has no such key; `key` is the one found."""
+
+    def __init__(self, key: str, known: Mapping[str, object]) -> None:
+        super().__init__(f"unknown key {key!r}{nearest(key, known)}")
+        self.key = key
 
 
 class Section(BaseModel):
@@ -25,7 +33,7 @@ class Section(BaseModel):
         if isinstance(data, Mapping):
             for key in data:
                 if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}{nearest(str(key), cls.model_fields)}")
+                    raise UnknownKey(str(key), cls.model_fields)
         return data
 
 
@@ -33,3 +41,13 @@ def nearest(word: str, known: Mapping[str, object] | Sequence[str]) -> str:
     """A hint such as `; did you mean 'steps'?`, or the list of what is known when nothing is near."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"
+
+
+def first_faults(error: ValidationError) -> str:
+    """The first few faults in one line, each with the place of its value."""
+    faults = []
+    for fault in error.errors(include_url=False)[:4]:
+        place = ".".join(str(part) for part in fault["loc"]) or "top level"
+        shown = "" if isinstance(fault["input"], (dict, list)) else f" (got {fault['input']!r})"
+        faults.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}{shown}")
+    return "; ".join(faults)
