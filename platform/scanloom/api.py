@@ -202,8 +202,9 @@ class Generators(Answer):
 # --- problems -------------------------------------------------------------------------------------------------
 
 ProblemKind = Literal[
-    "bad-request", "unauthenticated", "forbidden", "not-found", "conflict", "too-large", "unacceptable",
-    "outside-envelope", "invalid", "busy", "deadline", "quota", "store-unavailable", "internal",
+    "bad-request", "unauthenticated", "forbidden", "not-found", "not-allowed", "conflict", "too-large", "too-slow",
+    "unacceptable", "outside-envelope", "invalid", "busy", "deadline", "quota", "unavailable", "store-unavailable",
+    "internal",
 ]  # fmt: skip
 
 

@@ -62,9 +62,16 @@ def read_card(folder: Path, where: str | None = None) -> GeneratorCard:
     """
     where = where or str(folder)
     try:
-        return GeneratorCard.model_validate_json((folder / CARD).read_bytes())
+        text = (folder / CARD).read_bytes()
     except OSError as error:
         raise ArtefactError(f"{where}: holds no {CARD}; not a generator of scanloom") from error
+    return parse_card(text, where)
+
+
+def parse_card(text: bytes, where: str) -> GeneratorCard:
+    """The card of this content. Raises ArtefactError, naming the generator as `where`, for one that is none."""
+    try:
+        return GeneratorCard.model_validate_json(text)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in fault["loc"]) or "top level"
