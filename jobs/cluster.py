@@ -16,7 +16,8 @@ from ray.data import DataContext
 
 from scanloom import console
 from scanloom.errors import RecipeError
-from scanloom.recipe import Recipe, load_recipe
+from scanloom.recipe import Recipe
+from scanloom.stored_recipe import recipe_at
 
 # Credentials, endpoints and the pseudonym key, which workers on other hosts need too.
 FORWARDED = ("AWS_", "SCANLOOM_")
@@ -32,13 +33,13 @@ def run_recipe(work: Callable[[Recipe], None], job: str, summary: str, argv: Seq
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{job}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", help="a YAML recipe; jobs/recipes holds examples")
+    parser.add_argument("recipe", help="a YAML recipe, a file or s3://bucket/key; jobs/recipes holds examples")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override one value, such as generate.images=512; may be repeated",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
-    return console.run(lambda: work(load_recipe(arguments.recipe, arguments.overrides)))
+    return console.run(lambda: work(recipe_at(arguments.recipe, arguments.overrides)))
 
 
 @contextmanager

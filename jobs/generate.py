@@ -40,7 +40,7 @@ def generate(recipe: Recipe, engine: type[EngineActor] = EngineActor) -> None:
     section, started = recipe.generate, time.monotonic()
     store = Store(recipe.uri(section.dataset))
     store.require_writable()
-    generator = open_artefact(recipe.uri("generator"), "generator")
+    generator = open_artefact(recipe.generator_uri, "generator")
     probe = open_artefact(section.quality.probe, "probe") if section.quality.probe else None
     known, judge = generator.manifest, probe.digest if probe else None
     spec = specify(section, known.name, generator.digest, known.statistics, judge)

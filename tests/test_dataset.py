@@ -103,6 +103,16 @@ def test_parquet_and_dicom_hold_the_same_pixels_and_say_where(bits: int, image_f
         assert (row["width"], row["height"], row["bits_stored"]) == (10, 6, bits)
 
 
+def test_every_row_says_what_ordered_it_where_a_plan_does() -> None:
+    plan = plan_of("a" * 64, order="request-7", webdataset=True)
+    parts = {part.role: part for part in shard_parts(plan.spec, 0, plan.rows(0), random_pixels(plan.spec, 4))}
+    table = pq.read_table(io.BytesIO(parts["images"].content()))
+    assert table.schema.names == [*dataset_schema(SCHEMA).names, "order"]
+    assert table["order"].to_pylist() == ["request-7"] * 4
+    labels = [json.loads(sample["json"]) for sample in webdataset_samples(parts["webdataset"].content())]
+    assert [label["order"] for label in labels] == ["request-7"] * 4
+
+
 def test_a_dataset_without_dicom_has_no_tar_and_no_offsets() -> None:
     plan = plan_of("a" * 64, dicom=Dicom(enabled=False))
     [part] = shard_parts(plan.spec, 0, plan.rows(0), random_pixels(plan.spec, 4))

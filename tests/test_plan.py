@@ -56,6 +56,7 @@ def test_same_recipe_same_digest_rows_and_ids() -> None:
         {"dicom": Dicom(enabled=False)},
         {"dicom": Dicom(pixel_spacing_mm=0.2)},
         {"dicom": Dicom(content_date="20260101")},
+        {"order": "r-1"},
     ],
     ids=str,
 )
@@ -191,6 +192,16 @@ def test_where_the_probe_lies_leaves_the_digest_and_which_it_is_does_not() -> No
 
     assert probed("s3://here/probe", "a" * 64) == probed("s3://there/probe", "a" * 64)
     assert len({probed(None, None), probed("p", "a" * 64), probed("p", "b" * 64)}) == 3
+
+
+def test_where_the_generator_lies_leaves_the_digest() -> None:
+    elsewhere = Generate(images=20, images_per_shard=8, cohort=COHORT, slots=4, generator="s3://elsewhere/generator")
+    assert specify(elsewhere, "tiny", "g" * 64, STATISTICS).digest == spec().digest
+
+
+def test_plans_of_before_there_were_orders_keep_their_digests() -> None:
+    # As the code had it that made datasets which are out there.
+    assert spec().digest == "912fbc7d7c830caa0b70edca0446964af593e0734a2efdddf750c410b501e3f9"
 
 
 def test_what_a_person_should_know_of_an_order_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,8 @@ from scanloom.attributes import AttributeSchema
 from scanloom.errors import RecipeError
 from scanloom.recipe import RESERVED_COLUMNS, Dicom, PhantomSource, Recipe, load_recipe, parse_recipe
 from scanloom.shards.schemas import corpus_schema, dataset_schema, latents_schema
+from scanloom.store import Store
+from scanloom.stored_recipe import recipe_at
 
 AGE = {"name": "age", "kind": "number", "unit": "years", "minimum": 0, "maximum": 90}
 SEX = {"name": "sex", "kind": "category", "values": ["F", "M"], "aliases": {"female": "F"}}
@@ -168,6 +170,33 @@ def test_a_file_that_is_no_recipe_is_one_line(tmp_path: Path, content: bytes, hi
     with pytest.raises(RecipeError, match=hint) as caught:
         load_recipe(tmp_path / "r.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_generator_lies_beside_unless_the_recipe_names_another(file: Path) -> None:
+    assert load_recipe(file, ["store=s3://b/r"]).generator_uri == "s3://b/r/generator"
+    assert load_recipe(file, ["generate.generator=s3://other/g"]).generator_uri == "s3://other/g"
+
+
+@pytest.mark.parametrize("order", ["", "a/b", "a b", "x" * 65])
+def test_an_order_is_an_id(file: Path, order: str) -> None:
+    with pytest.raises(RecipeError, match=r"generate\.order"):
+        load_recipe(file, [f"generate.order='{order}'"])
+
+
+@pytest.mark.s3
+def test_a_recipe_in_a_store_is_read_as_one_in_a_file(file: Path, store_uri: str) -> None:
+    store = Store(store_uri)
+    store.write("orders/recipe.yaml", file.read_bytes())
+    place = f"{store_uri}/orders/recipe.yaml"
+    assert recipe_at(place, ["seed=7"]) == load_recipe(file, ["seed=7"]) == recipe_at(str(file), ["seed=7"])
+    for content, hint in ((b"name: [", "not YAML"), (b"\xff\xfe\x00", "not UTF-8"), (b"", "holds NoneType")):
+        store.write("orders/bad.yaml", content)
+        with pytest.raises(RecipeError, match=rf"{store_uri}/orders/bad.yaml: .*{hint}"):
+            recipe_at(f"{store_uri}/orders/bad.yaml")
+    with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read"):
+        recipe_at(f"{store_uri}/orders/none.yaml")
+    with pytest.raises(RecipeError, match="s3://: cannot be read"):
+        recipe_at("s3://")
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "."])

@@ -48,6 +48,33 @@ def test_a_write_replaces(store: Store) -> None:
     assert store.read("x") == b"new"
 
 
+def test_names_of_a_folder_come_page_by_page_and_none_from_below(store: Store) -> None:
+    ids = [f"{number:03d}" for number in range(25)]
+    for name in ids:
+        store.write(f"orders/{name}/order.json", b"{}")
+    store.write("orders/010/dataset/images/deep", b"x")
+    store.write("orders/note", b"x")
+    names = [f"{name}/" for name in ids] + ["note"]
+    assert store.names("orders") == names
+    assert store.names("orders", limit=4) == names[:4]
+    assert store.names("orders", "009/", 4) == names[10:14]
+    assert store.names("orders", "0095", 2) == names[10:12]
+    assert store.names("orders", "note") == []
+    assert store.names("orders/010") == ["dataset/", "order.json"]
+    assert store.names("elsewhere") == []
+    assert store.names() == ["orders/"]
+
+
+@pytest.mark.s3
+def test_names_beyond_what_a_server_tells_at_once_come_in_order(store_uri: str) -> None:
+    store = Store(store_uri)
+    names = [f"{number:04d}" for number in range(1203)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: store.write(f"many/{name}", b""), names))
+    assert store.names("many", limit=2000) == names
+    assert store.names("many", "0100", 1100) == names[101:1201]
+
+
 def test_a_missing_object_is_named(store: Store) -> None:
     for ask in (store.read, store.digest, lambda key: store.read_range(key, 0, 1)):
         with pytest.raises(StoreError, match=rf"{store.uri}/not/here: no such") as caught:

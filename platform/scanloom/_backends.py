@@ -142,6 +142,14 @@ class Folder:
                 if (status := _file_status(file)) is not None
             ]
 
+    def names(self, prefix: str, after: str, limit: int) -> list[str]:
+        try:
+            with os_errors(self.path(prefix)), os.scandir(self.root / prefix) as entries:
+                found = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
+        except MissingError:
+            return []
+        return [name for name in found if name > after][:limit]
+
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             with os_errors(self.path(key)):
@@ -304,6 +312,21 @@ class Bucket:
                 for found in page.get("Contents", [])
                 if not found["Key"].endswith("/")  # directory markers of pyarrow and Ray
             ]
+
+    def names(self, prefix: str, after: str, limit: int) -> list[str]:
+        folder = f"{self._key(prefix)}/".lstrip("/")
+        wanted = {"Bucket": self.name, "Prefix": folder, "Delimiter": "/", "StartAfter": f"{folder}{after}"}
+        found: list[str] = []
+        with self._errors(prefix):
+            # One more: of a folder to start after, some servers tell again.
+            size = {"PageSize": min(limit + 1, 1000)}
+            for page in self._s3.get_paginator("list_objects_v2").paginate(**wanted, PaginationConfig=size):
+                entries = [o["Key"] for o in page.get("Contents", [])]
+                entries += [o["Prefix"] for o in page.get("CommonPrefixes", [])]
+                found += [name for entry in entries if (name := entry[len(folder) :]) > after]
+                if len(found) >= limit:
+                    break
+        return sorted(found)[:limit]
 
     def delete(self, keys: Iterable[str]) -> None:
         names = [self._key(key) for key in keys]

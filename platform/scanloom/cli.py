@@ -19,8 +19,8 @@ from scanloom.artefact import Artefact, Problem, code_version, open_artefact, ve
 from scanloom.errors import RecipeError, ScanloomError
 from scanloom.overview import overview, unfinished
 from scanloom.progress import Progress, progress_of_unfinished
-from scanloom.recipe import load_recipe
 from scanloom.store import Store
+from scanloom.stored_recipe import recipe_at
 
 app = typer.Typer(
     help="Turn real scans into a generator, and the generator into synthetic cohorts.",
@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-_RecipeFile = Annotated[Path, typer.Argument(help="A YAML recipe; jobs/recipes holds examples.", metavar="RECIPE")]
+_Recipe = Annotated[str, typer.Argument(help="A YAML recipe, a file or s3://bucket/key.", metavar="RECIPE")]
 _Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value; may be repeated.")
 ]
@@ -54,7 +54,7 @@ def inspect(
 ) -> None:
     """Scans as they are: what a source holds, of how many, what would be refused; before there is a recipe."""
     if source.endswith((".yaml", ".yml")):
-        load_recipe(source, overrides or ())
+        recipe_at(source, overrides or ())
     given = {"sheet": sheet, "json": as_json, "recipe": recipe, "limit": limit, "examples": examples}
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     options += [*(f"--set={override}" for override in overrides or ()), *(["--decode"] if decode else [])]
@@ -62,26 +62,26 @@ def inspect(
 
 
 @app.command(context_settings=_PASSED_ON)
-def prepare(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+def prepare(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
     """Scans -> corpus: read, de-identify, split by patient; what cannot be used goes to the quarantine table."""
     _run_recipe("prepare", context, recipe, overrides)
 
 
 @app.command(context_settings=_PASSED_ON)
-def encode(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+def encode(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
     """Corpus -> autoencoder and latents."""
     _run_recipe("encode", context, recipe, overrides)
 
 
 @app.command(context_settings=_PASSED_ON)
-def finetune(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+def finetune(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
     """Latents -> generator."""
     _run_recipe("finetune", context, recipe, overrides)
 
 
 @app.command()
 def plan(
-    recipe: _RecipeFile,
+    recipe: _Recipe,
     overrides: _Overrides = None,
     rate: Annotated[
         float | None, typer.Option(min=1e-9, metavar="IMAGES_PER_S", help="What one engine makes in a second.")
@@ -94,7 +94,7 @@ def plan(
     """What `generate` would make: images by cell, time, cost, storage. Reads manifests alone and starts nothing."""
     from scanloom.estimate import estimate, report
 
-    found = estimate(load_recipe(recipe, overrides or ()), rate, like)
+    found = estimate(recipe_at(recipe, overrides or ()), rate, like)
     if as_json:
         print(found.model_dump_json(indent=2))  # noqa: T201
         return
@@ -103,13 +103,13 @@ def plan(
 
 
 @app.command(context_settings=_PASSED_ON)
-def probe(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+def probe(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
     """Corpus -> probe, a small network that reads attributes off images, to check datasets with."""
     _run_recipe("probe", context, recipe, overrides)
 
 
 @app.command(context_settings=_PASSED_ON)
-def generate(context: typer.Context, recipe: _RecipeFile, overrides: _Overrides = None) -> None:
+def generate(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
     """Generator -> synthetic dataset, as Parquet and DICOM shards."""
     _run_recipe("generate", context, recipe, overrides)
 
@@ -218,10 +218,10 @@ def _root(show_version: Annotated[bool, typer.Option("--version", help="Print th
 # --- jobs -----------------------------------------------------------------------------------------------------
 
 
-def _run_recipe(job: str, context: typer.Context, recipe: Path, overrides: list[str] | None) -> None:
+def _run_recipe(job: str, context: typer.Context, recipe: str, overrides: list[str] | None) -> None:
     # Read it here first: a typo is then told at once, not after Ray is imported.
-    load_recipe(recipe, overrides or ())
-    _become_job(job, [str(recipe), *(f"--set={override}" for override in overrides or ()), *context.args])
+    recipe_at(recipe, overrides or ())
+    _become_job(job, [recipe, *(f"--set={override}" for override in overrides or ()), *context.args])
 
 
 def _become_job(job: str, arguments: list[str]) -> NoReturn:

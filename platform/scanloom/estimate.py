@@ -79,7 +79,7 @@ def estimate(recipe: Recipe, rate: float | None = None, like: str | None = None)
     section = recipe.generate
     if section is None:
         raise RecipeError(f"recipe {recipe.name!r} has no section 'generate'; it says what to generate")
-    generator = open_artefact(recipe.uri("generator"), "generator")
+    generator = open_artefact(recipe.generator_uri, "generator")
     probe = open_artefact(section.quality.probe, "probe").digest if section.quality.probe else None
     manifest = generator.manifest
     ordered = order(section, manifest.name, generator.digest, manifest.statistics, probe)

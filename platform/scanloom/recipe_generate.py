@@ -74,6 +74,10 @@ class Dicom(Section):
 class Generate(Section):
     dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "dataset"
     """Folder of the dataset below the recipe's store."""
+    generator: str | None = None
+    """URI of a generator that lies elsewhere; None: the recipe's own."""
+    order: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
+    """Id of what asked for the dataset; every row has it as `order`. None: there is no such column."""
     images: Count
     cohort: Cohort = AsCorpusCohort()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -26,7 +26,7 @@ from scanloom._backends import HIDDEN, Bucket, Folder, MissingError, ObjectInfo,
 from scanloom.base import embedded_folder
 from scanloom.errors import RecipeError, StoreError
 
-__all__ = ["ObjectInfo", "Store", "StoredFile"]
+__all__ = ["MissingError", "ObjectInfo", "Store", "StoredFile"]
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 _TRANSFERS = 8
@@ -151,6 +151,11 @@ class Store:
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         """Every object below the folder `prefix`, sorted by key, keys relative to the store."""
         return [o for o in self._everything(prefix) if not _hidden(o.key)]
+
+    def names(self, folder: str = "", after: str = "", limit: int = 1000) -> list[str]:
+        """The first `limit` names directly below a folder that sort after `after`; those of folders end in a slash."""
+        found = self._backend.names(_checked(folder), after, limit)
+        return [name for name in found if name and not _hidden(name)]
 
     def remnants(self) -> tuple[ObjectInfo, ...]:
         """Half-written files and probes of processes that were killed; those of living ones are among them."""

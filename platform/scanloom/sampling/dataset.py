@@ -12,18 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from scanloom.artefact import Artefact
-from scanloom.attributes import Attributes
+from scanloom.attributes import Attributes, AttributeSchema
 from scanloom.dicom.synthetic import InstanceDescription, instance_uid
 from scanloom.dicom.template import pieces
 from scanloom.errors import RecipeError
-from scanloom.recipe import NumberAttribute
+from scanloom.recipe import Dicom, NumberAttribute
 from scanloom.sampling.plan import Plan, PlanSpec, cell_counts, compile_plan
 from scanloom.shards.commit import ShardCommit, ShardPart, commit_uploaded, part_key, upload_parts
 from scanloom.shards.reader import read_parquet
@@ -47,6 +47,30 @@ _UPLOADS = 2
 
 _AGE = {"age", "PatientAge"}
 _KEYWORDS = (("sex", "PatientSex"), ("age", "PatientAge"), ("view", "ViewPosition"))
+
+
+class Origin(Protocol):
+    """What images say in DICOM of where they come from: a plan, or whatever else made them."""
+
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def generator(self) -> str:
+        """Its digest."""
+        ...
+
+    @property
+    def generator_name(self) -> str: ...
+    @property
+    def attributes(self) -> AttributeSchema: ...
+    @property
+    def bits_stored(self) -> Literal[8, 12, 16]: ...
+    @property
+    def spacing_mm(self) -> float: ...
+    @property
+    def dicom(self) -> Dicom: ...
 
 
 class EngineActor:
@@ -139,7 +163,7 @@ def shard_parts(
         yield ShardPart(WEBDATASET, WEBDATASET, "tar", tar, len(told))
 
 
-def describe_instance(spec: PlanSpec, image_id: str, attributes: Attributes) -> InstanceDescription:
+def describe_instance(spec: Origin, image_id: str, attributes: Attributes) -> InstanceDescription:
     """What an image says in DICOM; attributes are recognised by name or by the DICOM keyword they were read from."""
     told = {declaration.source: attributes[declaration.name] for declaration in spec.attributes.declarations}
     told |= attributes
@@ -233,7 +257,7 @@ def _table(
     places: Sequence[Place],
 ) -> pa.Table:
     ids = rows["id"].to_pylist()
-    schema = dataset_schema(spec.attributes, spec.image_format)
+    schema = dataset_schema(spec.attributes, spec.image_format, order=spec.order is not None)
     same = {
         "width": pixels.shape[2], "height": pixels.shape[1], "bits_stored": spec.bits_stored,
         "spacing_mm": spec.spacing_mm, "seed": spec.seed, "solver": spec.solver, "steps": spec.steps,
@@ -246,6 +270,8 @@ def _table(
         "dicom_length": [place and place[1] for place in places],
     }
     paths = [f"{image_id}.{SUFFIXES[spec.image_format]}" for image_id in ids]
+    if spec.order is not None:
+        same["order"] = spec.order
     columns = {name: pa.repeat(pa.scalar(value, schema.field(name).type), len(ids)) for name, value in same.items()}
     columns |= {name: pa.array(values, schema.field(name).type) for name, values in own.items()}
     columns |= {name: rows[name] for name in ("id", "index", *spec.attributes.names)}

@@ -60,13 +60,17 @@ class PlanSpec(BaseModel):
     """Without the place of the probe: where an artefact lies is no part of what is made."""
     probe: str | None = None
     """Digest of the probe artefact."""
+    order: str | None = None
+    """What the rows' column `order` says; None: there is none."""
     image_format: ImageFormat
     webdataset: bool
     dicom: Dicom
 
     @cached_property
     def digest(self) -> str:
-        return plan_digest("dataset", self.model_dump(mode="json"))
+        # Plans of before there were orders keep their digests.
+        absent = {"order"} if self.order is None else set()
+        return plan_digest("dataset", self.model_dump(mode="json", exclude=absent))
 
     @property
     def shards(self) -> int:
@@ -161,7 +165,7 @@ def order(section: Generate, name: str, digest: str, statistics: Mapping[str, An
     schema = AttributeSchema.model_validate(statistics["schema"])
     envelope = Envelope.model_validate(statistics["envelope"])
     cohort = resolve(section.cohort, schema, envelope, statistics["cells"], section.images)
-    settings = section.model_dump(include=set(PlanSpec.model_fields) - {"cohort", "dicom", "quality"})
+    settings = section.model_dump(include=set(PlanSpec.model_fields) - {"cohort", "dicom", "generator", "quality"})
     spec = PlanSpec(
         **settings,
         generator=digest,

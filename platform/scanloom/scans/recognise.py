@@ -33,7 +33,6 @@ from scanloom.recipe import (
     NumberAttribute,
     ParquetSource,
     Source,
-    load_recipe,
 )
 from scanloom.scans import chexpert
 from scanloom.scans.archive import is_packed
@@ -43,6 +42,7 @@ from scanloom.scans.scan import TableRow
 from scanloom.scans.table import Cells, Header, read_rows
 from scanloom.scans.table_profile import MOST_ROWS, Column, ColumnTally
 from scanloom.store import ObjectInfo, Store
+from scanloom.stored_recipe import recipe_at
 
 SAMPLES = 48
 """Objects whose first bytes are looked at."""
@@ -110,7 +110,7 @@ def recognise(place: str, overrides: Sequence[str] = ()) -> Recognised:
         if overrides:
             raise RecipeError("--set changes a recipe, and this source is none")
         return recognise_uri(place)
-    recipe = load_recipe(place, overrides)
+    recipe = recipe_at(place, overrides)
     if recipe.prepare is None:
         raise RecipeError(f"recipe {recipe.name}: has no 'prepare' section; it says where the scans are")
     source = recipe.prepare.source

@@ -111,12 +111,12 @@ def flattened(values: NDArray[np.float16]) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), size)
 
 
-def dataset_schema(attributes: AttributeSchema, image_format: ImageFormat = "png") -> pa.Schema:
+def dataset_schema(attributes: AttributeSchema, image_format: ImageFormat = "png", *, order: bool = False) -> pa.Schema:
     """One row a synthetic image: what was asked for, how it was made, and where its DICOM object lies.
 
     `attempt`: how often the image had been drawn and rejected before. `dicom_offset` and `dicom_length` in bytes within
-    `dicom_shard`, a key relative to the dataset; null without DICOM. Only a PNG is declared as an image: what others
-    open by themselves.
+    `dicom_shard`, a key relative to the dataset; null without DICOM. With `order` there is a column for the id of what
+    asked for the dataset. Only a PNG is declared as an image: what others open by themselves.
     """
     columns = [
         pa.field("id", pa.string()),
@@ -133,6 +133,7 @@ def dataset_schema(attributes: AttributeSchema, image_format: ImageFormat = "png
         pa.field("dicom_shard", pa.string()),
         pa.field("dicom_offset", pa.int64()),
         pa.field("dicom_length", pa.int64()),
+        *([pa.field("order", pa.string())] if order else []),
     ]
     return pa.schema(columns, metadata=_IMAGE_FEATURE if image_format == "png" else None)
 
