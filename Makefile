@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PIP := .venv/bin/pip --disable-pip-version-check -q
 INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: setup demo test test-all lint bench docs
+.PHONY: setup demo serve test test-all lint bench docs
 
 setup: .venv/.installed
 
@@ -15,6 +15,9 @@ setup: .venv/.installed
 
 demo: setup
 	.venv/bin/scanloom demo
+
+serve: setup
+	.venv/bin/scanloom serve --demo demo
 
 test: setup
 	.venv/bin/pytest -m 'not slow'

@@ -120,6 +120,12 @@ def demo(context: typer.Context) -> None:
     _become_job("demo", context.args)
 
 
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Serve a generator over HTTP, here. `serve --help` says more."""
+    _become("serve.local", context.args)
+
+
 @app.command()
 def show(
     artefact: Annotated[str, typer.Argument(help="s3://bucket/folder or a local folder.")],
@@ -225,12 +231,17 @@ def _run_recipe(job: str, context: typer.Context, recipe: str, overrides: list[s
 
 
 def _become_job(job: str, arguments: list[str]) -> NoReturn:
-    """Replace this process with the job, so that signals and exit code are its own."""
+    _become(f"jobs.{job}", arguments)
+
+
+def _become(program: str, arguments: list[str]) -> NoReturn:
+    """Replace this process with a program of jobs or serve, so that signals and exit code are its own."""
     root = _jobs_folder()
     if root is None:
-        raise RecipeError("the jobs are not part of the wheel; run this in a checkout of scanloom or in its image")
+        told = "jobs and service are not part of the wheel; run this in a checkout of scanloom or in its image"
+        raise RecipeError(told)
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.execve(sys.executable, [sys.executable, "-m", f"jobs.{job}", *arguments], os.environ | {"PYTHONPATH": path})
+    os.execve(sys.executable, [sys.executable, "-m", program, *arguments], os.environ | {"PYTHONPATH": path})
 
 
 def _jobs_folder() -> Path | None:
