@@ -30,7 +30,7 @@ from serve.config import Access, ApiKey, Oidc
 from serve.issuer_keys import IssuerKeys
 from serve.issuer_keys import IssuerUnreachable as IssuerUnreachable
 
-LOG = logging.getLogger("scanloom.access")
+LOG = logging.getLogger("scanloom.serve")
 LOOK_S = 1.0
 """How often the file of keys is looked at."""
 ASYMMETRIC = (

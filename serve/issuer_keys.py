@@ -16,7 +16,7 @@ import jwt
 
 from scanloom.errors import BusyError, RecipeError
 
-LOG = logging.getLogger("scanloom.access")
+LOG = logging.getLogger("scanloom.serve")
 FRESH_S = 300.0
 """Keys older than this are read again; until that succeeds the former ones are used."""
 STALE_S = 3600.0

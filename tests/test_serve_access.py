@@ -192,7 +192,7 @@ def test_all_keys_are_compared_whichever_one_it_is(monkeypatch: pytest.MonkeyPat
 
 
 def test_nobody_is_let_in_where_nothing_is_set_and_everybody_where_it_is_open(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "scanloom.access"):
+    with caplog.at_level(logging.WARNING, "scanloom.serve"):
         keeper = Gatekeeper(Access())
     assert "every request will be refused" in caplog.text
     with pytest.raises(Unauthenticated):
