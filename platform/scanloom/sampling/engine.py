@@ -74,6 +74,11 @@ class Engine:
         return self._slots
 
     @property
+    def rows(self) -> int:
+        """Of a call of the denoiser."""
+        return self._rows
+
+    @property
     def running(self) -> int:
         """Images between their first and last step."""
         return sum(batch.running for batch in self._batches.values())
@@ -115,12 +120,13 @@ class Engine:
         return self._decoder.cancel(request) or any(batch.cancel(request) for batch in self._batches.values())
 
     @torch.inference_mode()
-    def step(self) -> list[FinishedImage]:
+    def step(self, latent_shape: Shape | None = None) -> list[FinishedImage]:
         """Advance the images of a size by one denoiser call; the images, of any size, that are decoded by now.
 
-        Sizes take turns. It waits for no company and no request; where nothing but decoding is left, for that.
+        The size is the one that is named, or where none is, sizes take turns. It waits for no company and no request;
+        where nothing but decoding is left, for that.
         """
-        batch = self._in_turn()
+        batch = self._in_turn(latent_shape)
         if batch is not None:
             for request, latent in batch.step():
                 self._decoder.put(request, latent)
@@ -157,9 +163,9 @@ class Engine:
             self._batches[shape] = Batch(self._generator, shape, self._slots, self._rows)
         return self._batches[shape]
 
-    def _in_turn(self) -> Batch | None:
+    def _in_turn(self, wanted: Shape | None) -> Batch | None:
         for shape, batch in self._batches.items():
-            if _has_work(batch):
+            if _has_work(batch) and wanted in (None, shape):
                 # Behind the others: next time it is another's turn.
                 self._batches[shape] = self._batches.pop(shape)
                 return batch

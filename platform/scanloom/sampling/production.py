@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from scanloom.artefact import open_artefact
 from scanloom.errors import ArtefactError
-from scanloom.models.attribute_probe import load_probe
+from scanloom.models.attribute_probe import Probe, load_probe
 from scanloom.models.generator import load_generator
+from scanloom.recipe import Quality
 from scanloom.sampling.dataset import Pixels, rows_from_bytes, stored_row
 from scanloom.sampling.decoding import NotNumbers
 from scanloom.sampling.draw import CELL_PREFIX
@@ -89,14 +90,21 @@ def judges(spec: PlanSpec, probe_uri: str | None, device: str) -> list[Judge]:
 
     Raises ArtefactError where the plan's probe is not at `probe_uri`, or reads what the plan does not know.
     """
-    found: list[Judge] = [Appearance(spec.quality, spec.bits_stored)]
+    probe = None
     if spec.probe is not None:
         if probe_uri is None:
             raise ArtefactError(f"the plan of {spec.dataset} is checked by probe {spec.probe[:12]}; say where it lies")
         probe = load_probe(probe_uri, device)
         _require_planned("probe", probe_uri, probe.digest, spec.probe)
         probe.card.require_fits(spec.attributes, probe_uri)
-        found.append(Agreement(probe.card, lambda pixels: probe.read(pixels, spec.bits_stored)))
+    return judges_of(spec.quality, spec.bits_stored, probe)
+
+
+def judges_of(quality: Quality, bits_stored: int, probe: Probe | None) -> list[Judge]:
+    """Who judges images of so many bits, in the order in which they look."""
+    found: list[Judge] = [Appearance(quality, bits_stored)]
+    if probe is not None:
+        found.append(Agreement(probe.card, lambda pixels: probe.read(pixels, bits_stored)))
     return found
 
 

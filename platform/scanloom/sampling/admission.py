@@ -1,0 +1,235 @@
+"""Which image gets the next free slots of a batch, and when orders will be done by that rule. No clock, no thread.
+
+The rule: interactive images first, earliest deadline first among them; bulk ones in the order in which they came. Two
+exceptions keep both sides alive. While bulk images wait, one of every BULK_TURN slots that are granted goes to them, so
+that they never starve. And an eighth of the slots is closed to them, so that an interactive image finds room at the
+next step however much bulk runs.
+
+The forecast plays the same rule forward from what runs and waits, with the measured times of a call and an image.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+BULK_TURN = 8
+"""Of so many slots granted while bulk images wait, one is theirs."""
+_NEWEST = 0.1
+"""Weight of the newest measurement in a running mean: about the last twenty count."""
+_NEWEST_DRAW = 0.02
+_LEAST_PASSING = 0.02
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One image that is to be drawn for an order, as far as its turn depends on it."""
+
+    order: int
+    """Number of the order; an earlier one has a lower number."""
+    index: int
+    steps: int
+    slots: int
+    due: float
+    """Seconds since 1970."""
+    bulk: bool = False
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a generator makes images of one size, as measured."""
+
+    call_s: float
+    """A step takes this for each call of the denoiser, of which it needs one for every `rows` slots in use."""
+    image_s: float
+    """What an image takes beside its steps: decoding, rounding, quality checks."""
+    draws: float = 1.0
+    """Draws to an image that passes the checks."""
+
+    def stepped(self, seconds: float, calls: int) -> Pace:
+        """After a step that finished no image."""
+        return replace(self, call_s=_mean(self.call_s, seconds / calls))
+
+    def finished(self, seconds: float, calls: int, images: int) -> Pace:
+        """After a step that finished images."""
+        rest = max(0.0, seconds - calls * self.call_s) / images
+        return replace(self, image_s=_mean(self.image_s, rest))
+
+    def judged(self, *, passed: bool) -> Pace:
+        """After a look at a draw."""
+        share = 1.0 / self.draws
+        return replace(self, draws=1.0 / max(share + _NEWEST_DRAW * (passed - share), _LEAST_PASSING))
+
+    def scaled(self, factor: float) -> Pace:
+        """For images with `factor` times as many pixels: a guess, until some are made."""
+        return replace(self, call_s=self.call_s * factor, image_s=self.image_s * factor)
+
+    def alone_s(self, steps: int) -> float:
+        """Of one image by itself, drawn once."""
+        return steps * self.call_s + self.image_s
+
+
+def _mean(before: float, now: float) -> float:
+    return before + _NEWEST * (now - before)
+
+
+class Line:
+    """What waits for the slots of one batch."""
+
+    def __init__(self, slots: int) -> None:
+        self._interactive: list[tuple[float, int, int, Draw]] = []
+        self._bulk: list[tuple[int, int, Draw]] = []
+        self._granted = 0
+        """Slots that interactive images got since bulk ones had their turn."""
+        self.open_to_bulk = slots - (max(2, slots // 8) if slots >= 8 else 0)
+        """Slots that bulk images may hold."""
+
+    def __len__(self) -> int:
+        return len(self._interactive) + len(self._bulk)
+
+    def __iter__(self) -> Iterator[Draw]:
+        """All that waits, in no order."""
+        yield from (entry[-1] for entry in self._interactive)
+        yield from (entry[-1] for entry in self._bulk)
+
+    def copy(self) -> Line:
+        line = Line(0)
+        line._interactive, line._bulk = list(self._interactive), list(self._bulk)
+        line._granted, line.open_to_bulk = self._granted, self.open_to_bulk
+        return line
+
+    def put(self, draw: Draw) -> None:
+        """Let an image wait, also one that is to be drawn again, which goes before those that came later."""
+        if draw.bulk:
+            heapq.heappush(self._bulk, (draw.order, draw.index, draw))
+        else:
+            heapq.heappush(self._interactive, (draw.due, draw.order, draw.index, draw))
+
+    def put_all(self, draws: Iterable[Draw]) -> None:
+        for draw in draws:
+            self.put(draw)
+
+    def drop(self, order: int) -> None:
+        """Forget all images of an order."""
+        self._interactive = [entry for entry in self._interactive if entry[-1].order != order]
+        self._bulk = [entry for entry in self._bulk if entry[-1].order != order]
+        heapq.heapify(self._interactive)
+        heapq.heapify(self._bulk)
+
+    def next(self, free: int, held_by_bulk: int) -> Draw | None:
+        """Take the image out whose turn it is; None where none waits or it needs more than the `free` slots.
+
+        Nobody overtakes an image that waits for a second free slot, or guided images would starve.
+        """
+        bulk = self._bulk[0][-1] if self._bulk else None
+        if bulk is not None and held_by_bulk + bulk.slots > self.open_to_bulk:
+            bulk = None
+        if bulk is not None and (not self._interactive or self._granted >= (BULK_TURN - 1) * bulk.slots):
+            if bulk.slots > free:
+                return None
+            self._granted = 0
+            return heapq.heappop(self._bulk)[-1]
+        if not self._interactive or self._interactive[0][-1].slots > free:
+            return None
+        draw = heapq.heappop(self._interactive)[-1]
+        self._granted = self._granted + draw.slots if self._bulk else 0
+        return draw
+
+
+@dataclass
+class Going:
+    """A draw that is under way, and the steps it has still to take."""
+
+    draw: Draw
+    left: float
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One batch: a generator's images of one size."""
+
+    generator: str
+    slots: int
+    rows: int
+    """Of a call of the denoiser."""
+    pace: Pace
+    going: Sequence[Going]
+    line: Line
+    ready: float = 0.0
+    """When the generator is loaded, in seconds since 1970."""
+
+
+def forecast(lanes: Sequence[Lane], now: float) -> dict[int, float]:
+    """When each order's last image will be made, in seconds since 1970, if nothing else comes.
+
+    Generators take turns by step, and so do the sizes of a generator. Steps in between two images' ends are taken at
+    a stroke, so that the work grows with images, not with steps. An order that no lane has room for is left out.
+    """
+    played = [_Played(lane, lane.ready - now) for lane in lanes]
+    clock, done = 0.0, dict[int, float]()
+    while True:
+        for lane in played:
+            lane.admit(clock)
+        active = [lane for lane in played if lane.going]
+        opens = min((lane.ready for lane in played if lane.ready > clock and len(lane.line)), default=math.inf)
+        if not active:
+            if opens == math.inf:
+                return {order: now + after for order, after in done.items()}
+            clock = opens
+            continue
+        sizes = Counter(lane.generator for lane in active)
+        round_s = sum(lane.step_s / sizes[lane.generator] for lane in active)
+        rounds = min(lane.least_left * sizes[lane.generator] for lane in active)
+        if clock + rounds * round_s > opens:
+            rounds, clock = (opens - clock) / round_s, opens
+        else:
+            clock += rounds * round_s
+        for lane in active:
+            for draw in lane.advance(rounds / sizes[lane.generator]):
+                clock += lane.pace.image_s
+                done[draw.order] = clock
+
+
+class _Played:
+    """A lane as a forecast plays it."""
+
+    def __init__(self, lane: Lane, ready: float) -> None:
+        again = (lane.pace.draws - 1.0, lane.pace.draws)
+        self.generator, self.pace, self.ready = lane.generator, lane.pace, ready
+        self.line = lane.line.copy()
+        self.going = [Going(each.draw, each.left + again[0] * each.draw.steps) for each in lane.going]
+        self._draws, self._rows = again[1], lane.rows
+        self._free = lane.slots - sum(each.draw.slots for each in lane.going)
+        self._bulk = sum(each.draw.slots for each in lane.going if each.draw.bulk)
+        self._slots = lane.slots
+
+    @property
+    def step_s(self) -> float:
+        return -(-(self._slots - self._free) // self._rows) * self.pace.call_s
+
+    @property
+    def least_left(self) -> float:
+        return min(each.left for each in self.going)
+
+    def admit(self, clock: float) -> None:
+        while clock >= self.ready and (draw := self.line.next(self._free, self._bulk)) is not None:
+            self.going.append(Going(draw, draw.steps * self._draws))
+            self._hold(draw, 1)
+
+    def advance(self, steps: float) -> list[Draw]:
+        """Take steps; the draws that end by them."""
+        ended = []
+        for each in self.going:
+            each.left -= steps
+            if each.left <= 1e-6:
+                ended.append(each.draw)
+                self._hold(each.draw, -1)
+        self.going = [each for each in self.going if each.left > 1e-6]
+        return ended
+
+    def _hold(self, draw: Draw, sign: int) -> None:
+        self._free -= sign * draw.slots
+        self._bulk += sign * draw.slots if draw.bulk else 0

@@ -1,0 +1,452 @@
+"""The desk: takes orders for a few images from any thread, and makes them in one thread that owns the engines.
+
+Every turn of the loop is one step of one generator: images are let in by the rule of `sampling.admission`, the batch
+is advanced, and what is finished is judged; what the judges refuse is drawn again, as in datasets. Generators take
+turns by step, and so do the sizes of a generator; images of two generators never share a batch. A generator that is
+not loaded is loaded by a second thread while the others go on; of those that are idle, the one that was used least
+recently makes room for it. Where there is nothing to do the loop waits on a condition.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from scanloom.errors import BusyError, DeadlineError, QualityError, RecipeError, ScanloomError
+from scanloom.sampling.admission import Draw
+from scanloom.sampling.batch import ImageRequest, Shape
+from scanloom.sampling.bookings import Bookings, Capacity
+from scanloom.sampling.dataset import Pixels
+from scanloom.sampling.decoding import FinishedImage, NotNumbers
+from scanloom.sampling.desk_status import DeskStatus, GeneratorStatus, Meter
+from scanloom.sampling.image_order import ImageOrder, MadeImages
+from scanloom.sampling.quality import Verdict
+from scanloom.sampling.workbench import Workbench
+
+LOG = logging.getLogger("scanloom")
+RETRY_S = 1.0
+"""After which another engine may have taken the place of one that stopped."""
+_LEAST_RETRY_S = 0.1
+Answer = tuple["Future[Any]", Any]
+"""A future and what becomes of it: a result, or the error that it raises."""
+
+
+@dataclass
+class _Job:
+    """An order, and what has come of it."""
+
+    order: ImageOrder
+    future: Future[MadeImages]
+    pixels: dict[int, Pixels] = field(default_factory=dict)
+    refused: Counter[int] = field(default_factory=Counter)
+    """Draws of each image."""
+    rejects: Counter[str] = field(default_factory=Counter)
+    tellable: bool = False
+    """Whether the generator was seen to understand the attributes."""
+
+    def made(self, bench: Workbench) -> MadeImages:
+        indices = sorted(self.pixels)
+        attempts = [self.refused[index] for index in indices]
+        pixels = np.stack([self.pixels[index] for index in indices])
+        return MadeImages(pixels, attempts, bench.digest, dict(self.rejects), bench.environment)
+
+
+@dataclass
+class _Post:
+    """A generator that is loaded."""
+
+    bench: Workbench
+    load_s: float
+    last: Shape | None = None
+    """Of the batch that had the last turn."""
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A step that is to be taken."""
+
+    generator: str
+    post: _Post
+    shape: Shape | None
+    """None: nothing but decoding is left."""
+    draws: Sequence[Draw]
+    """Those that start with it."""
+    calls: int
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """A draw that is finished, and what the judges say of it."""
+
+    draw: Draw
+    pixels: Pixels | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    generator: str
+    post: _Post | None
+    outcome: Capacity | Exception
+
+
+class Desk:
+    """Makes images to order. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        load: Callable[[str], Workbench],
+        *,
+        loaded: int = 2,
+        orders: int = 64,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`load` opens the generator that is served under a name; `loaded` are in memory at once at most, and `orders`
+        are taken at once at most. `clock` gives seconds since 1970."""
+        self._load, self._most_loaded, self._clock = load, loaded, clock
+        self._changed = threading.Condition()
+        """Guards all below but `_drawn` and the engines, which are the loop's own."""
+        self._book = Bookings(orders)
+        self._jobs: dict[int, _Job] = {}
+        self._withdrawn: list[int] = []
+        self._posts: OrderedDict[str, _Post] = OrderedDict()
+        """By their last turn, the latest at the end."""
+        self._wanted: dict[str, Future[None]] = {}
+        self._loading: str | None = None
+        self._loaded: list[_Loaded] = []
+        self._meters: dict[str, Meter] = {}
+        self._rejects: Counter[str] = Counter()
+        self._closing = self._closed = False
+        self._error: Exception | None = None
+        self._drawn: dict[int, tuple[ImageRequest, Draw]] = {}
+        """By the request's identity: what the engines know of a draw."""
+        self._loader = ThreadPoolExecutor(1, "scanloom-load")
+        self._thread = threading.Thread(target=self._run, name="scanloom-desk", daemon=True)
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """False once the loop ended by an error: nothing will be made here any more."""
+        return self._error is None
+
+    def open(self, generator: str) -> Future[None]:
+        """Have a generator loaded and warmed up before somebody asks for it."""
+        with self._changed:
+            self._require_open()
+            if generator in self._posts:
+                future = Future[None]()
+                future.set_result(None)
+                return future
+            self._changed.notify_all()
+            return self._wanted.setdefault(generator, Future())
+
+    def take(self, order: ImageOrder) -> Future[MadeImages]:
+        """Accept an order; cancelling the future withdraws it and frees its slots at the next step.
+
+        Raises at once what `Bookings.take` raises, and BusyError where the desk makes nothing any more. The future
+        raises DeadlineError where it turns out late all the same, QualityError where an image cannot be made that the
+        judges let pass, RecipeError where the generator cannot make what is asked for, BusyError where the engine
+        stops, and what loading the generator raises.
+        """
+        with self._changed:
+            self._require_open()
+            number = self._book.take(order, self._clock())
+            job = self._jobs[number] = _Job(order, Future())
+            self._changed.notify_all()
+        job.future.add_done_callback(partial(self._withdraw, number))
+        return job.future
+
+    def status(self) -> DeskStatus:
+        with self._changed:
+            names = {*self._meters, *(job.order.generator for job in self._jobs.values())}
+            told = {name: self._status(name) for name in sorted(names)}
+            return DeskStatus(self.healthy, len(self._jobs), told, dict(self._rejects))
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Take no more orders, finish those that can be within `drain_s` seconds, and end the others by BusyError."""
+        with self._changed:
+            self._closing = True
+            self._changed.wait_for(lambda: not self._jobs or not self.healthy, drain_s)
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    # --- from other threads -------------------------------------------------------------------------------------
+
+    def _require_open(self) -> None:
+        if self._error is not None:
+            raise _stopped(self._error)
+        if self._closing:
+            raise BusyError("this engine is being stopped; ask again, another one will answer", RETRY_S)
+
+    def _withdraw(self, number: int, future: Future[MadeImages]) -> None:
+        if future.cancelled():
+            with self._changed:
+                self._withdrawn.append(number)
+                self._changed.notify_all()
+
+    def _status(self, generator: str) -> GeneratorStatus:
+        meter = self._meters.get(generator) or Meter()
+        book = self._book
+        return GeneratorStatus(
+            generator in self._posts, book.waiting(generator), book.running(generator), *book.slots(generator),
+            meter.steps, meter.images, *meter.rates(self._clock()),
+        )  # fmt: skip
+
+    def _load_one(self, generator: str) -> None:
+        """Of the second thread."""
+        started = time.perf_counter()
+        try:
+            bench = self._load(generator)
+            capacity = bench.warm_up()
+            loaded = _Loaded(generator, _Post(bench, time.perf_counter() - started), capacity)
+            LOG.info("generator %s: loaded and warm after %.1f s", generator, time.perf_counter() - started)
+        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait for the generator are told
+            loaded = _Loaded(generator, None, error)
+        with self._changed:
+            self._loaded.append(loaded)
+            self._changed.notify_all()
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:
+            LOG.exception("the engine's loop ended")
+            with self._changed:
+                self._error = error
+                answers = self._end_all(_stopped(error))
+                self._changed.notify_all()
+            _settle(answers)
+
+    def _turn(self) -> bool:
+        """One step of one generator, or a wait for something to happen; False at the end."""
+        with self._changed:
+            answers = self._tidy()
+            turn = self._next_turn()
+            if turn is None and not answers:
+                if self._closed:
+                    return False
+                self._changed.wait(self._patience_s())
+                return True
+        _settle(answers)
+        self._drop_ended()
+        if turn is not None:
+            _settle(self._step(turn))
+        return True
+
+    def _tidy(self) -> list[Answer]:
+        """Take note of all that happened outside; whom that ends."""
+        now = self._clock()
+        answers = [answer for loaded in self._loaded for answer in self._opened(loaded)]
+        self._loaded.clear()
+        answers += [self._end(number, None) for number in self._withdrawn if number in self._jobs]
+        self._withdrawn.clear()
+        late = self._book.late(now)
+        ends = self._book.ends(now) if late else {}
+        for number in late:
+            due = self._jobs[number].order.due
+            error = DeadlineError(
+                "it took longer than was foreseen and cannot be made by its deadline any more; ask again",
+                max(ends.get(number, due) - due, _LEAST_RETRY_S),
+            )
+            answers.append(self._end(number, error))
+        if self._closed:
+            answers += self._end_all(BusyError("this engine was stopped; ask again, another one will answer", RETRY_S))
+        self._begin_loading(now)
+        return answers
+
+    def _opened(self, loaded: _Loaded) -> Iterable[Answer]:
+        self._loading = None
+        wanted = self._wanted.pop(loaded.generator, None)
+        if isinstance(loaded.outcome, Exception) or loaded.post is None:
+            LOG.error("generator %s: cannot be loaded: %s", loaded.generator, loaded.outcome)
+            ended = [self._end(number, loaded.outcome) for number in self._book.of(loaded.generator)]
+            return [*ended, *([(wanted, loaded.outcome)] if wanted is not None else [])]
+        self._posts[loaded.generator] = loaded.post
+        self._meters.setdefault(loaded.generator, Meter())
+        error = RecipeError("guidance_scale: a guided image takes two slots and the engine has one; set it to 1")
+        ended = [self._end(number, error) for number in self._book.opened(loaded.generator, loaded.outcome)]
+        return [*ended, *([(wanted, None)] if wanted is not None else [])]
+
+    def _begin_loading(self, now: float) -> None:
+        """Load the next generator that is asked for, where there is room or one that is idle makes room."""
+        if self._loading is not None or self._closed:
+            return
+        asked_for = dict.fromkeys([*self._wanted, *(job.order.generator for job in self._jobs.values())])
+        wanted = next((name for name in asked_for if name not in self._posts), None)
+        if wanted is None:
+            return
+        if len(self._posts) >= self._most_loaded:
+            idle = next((name for name, post in self._posts.items() if self._is_idle(name, post)), None)
+            if idle is None:
+                return
+            self._book.closed(idle, self._posts.pop(idle).load_s)
+        self._loading = wanted
+        self._book.loading(wanted, now)
+        self._loader.submit(self._load_one, wanted)
+
+    def _is_idle(self, generator: str, post: _Post) -> bool:
+        return not self._book.of(generator) and not post.bench.engine.busy
+
+    def _next_turn(self) -> _Turn | None:
+        for name, post in self._posts.items():
+            shapes = sorted(self._book.shapes(name))
+            if shapes or post.bench.engine.busy:
+                self._posts.move_to_end(name)
+                if not shapes:
+                    return _Turn(name, post, None, (), 0)
+                shape = next((shape for shape in shapes if post.last is not None and shape > post.last), shapes[0])
+                post.last = shape
+                return _Turn(name, post, shape, self._book.admit(name, shape), self._book.calls(name, shape))
+        return None
+
+    def _patience_s(self) -> float | None:
+        """Until the next order is late, if nothing happens."""
+        due = self._book.next_due
+        # A little more, so that it is late then.
+        return None if due == float("inf") else max(0.0, due - self._clock()) + 0.001
+
+    def _step(self, turn: _Turn) -> list[Answer]:
+        """Take a step; whom it ends."""
+        errors = self._submit(turn)
+        if errors:
+            with self._changed:
+                return [self._end(number, error) for number, error in errors.items()]
+        started = time.perf_counter()
+        try:
+            finished = turn.post.bench.engine.step(turn.shape)
+            looked = self._look(turn.post.bench, finished)
+        except NotNumbers as error:
+            # The others come with the next step.
+            finished, looked = [], self._look_at_none(error.request)
+        seconds = time.perf_counter() - started
+        made = sum(each.verdict.reason is None for each in looked)
+        with self._changed:
+            if turn.shape is not None:
+                self._book.stepped(turn.generator, turn.shape)
+                self._book.measured(turn.generator, turn.shape, seconds, turn.calls, len(finished))
+            self._meters[turn.generator].count(self._clock(), int(turn.shape is not None), made)
+            return [answer for each in looked for answer in self._judged(turn.post.bench, each)]
+
+    def _submit(self, turn: _Turn) -> Mapping[int, Exception]:
+        """Hand to the engine what starts; the orders that it cannot make, and why."""
+        errors: dict[int, Exception] = {}
+        for draw in turn.draws:
+            job = self._jobs[draw.order]
+            if draw.order in errors:
+                continue
+            try:
+                self._tell(turn.post.bench, job, draw)
+            except ScanloomError as error:
+                errors[draw.order] = error
+        return errors
+
+    def _tell(self, bench: Workbench, job: _Job, draw: Draw) -> None:
+        order = job.order
+        if not job.tellable:
+            # Of the order alone, before a batch depends on it.
+            try:
+                bench.generator.condition([order.attributes])
+            except (ValueError, TypeError, LookupError) as error:
+                raise RecipeError(f"attributes: the generator does not know what to make of them: {error}") from error
+            job.tellable = True
+        request = ImageRequest(
+            draw.index, order.seed, order.attributes, order.steps, order.guidance_scale, job.refused[draw.index],
+            order.latent_shape,
+        )  # fmt: skip
+        bench.engine.submit(request)
+        self._drawn[id(request)] = (request, draw)
+
+    def _look(self, bench: Workbench, finished: Sequence[FinishedImage]) -> list[_Looked]:
+        """What the judges say of finished images, without those that nobody waits for any more."""
+        alike: dict[Any, list[tuple[Draw, FinishedImage]]] = {}
+        for each in finished:
+            _, draw = self._drawn.pop(id(each.request))
+            if draw.order in self._jobs:
+                bits = self._jobs[draw.order].order.bits_stored
+                alike.setdefault((bits, each.image.shape), []).append((draw, each))
+        looked = []
+        for (bits, _), entries in alike.items():
+            told = bench.look([each for _, each in entries], bits)
+            looked += [_Looked(draw, *what) for (draw, _), what in zip(entries, told, strict=True)]
+        return looked
+
+    def _look_at_none(self, request: ImageRequest) -> list[_Looked]:
+        _, draw = self._drawn.pop(id(request))
+        return [_Looked(draw, None, Verdict("not-numbers"))] if draw.order in self._jobs else []
+
+    def _judged(self, bench: Workbench, looked: _Looked) -> list[Answer]:
+        draw, reason = looked.draw, looked.verdict.reason
+        job = self._jobs.get(draw.order)
+        if job is None:
+            # Another image of its order failed for good in the same step.
+            return []
+        if reason is None and looked.pixels is not None:
+            job.pixels[draw.index] = looked.pixels
+        else:
+            self._rejects[str(reason)] += 1
+            job.rejects[str(reason)] += 1
+            job.refused[draw.index] += 1
+            if job.refused[draw.index] >= bench.attempts:
+                return [self._end(draw.order, _hopeless(job, draw.index, bench.attempts))]
+        complete = self._book.judged(draw, passed=reason is None)
+        return [self._end(draw.order, job.made(bench))] if complete else []
+
+    # --- endings ------------------------------------------------------------------------------------------------
+
+    def _end(self, number: int, outcome: MadeImages | Exception | None) -> Answer:
+        self._book.forget(number)
+        job = self._jobs.pop(number)
+        self._changed.notify_all()
+        return job.future, outcome
+
+    def _end_all(self, error: Exception) -> list[Answer]:
+        answers: list[Answer] = [self._end(number, error) for number in list(self._jobs)]
+        answers += [(future, error) for future in self._wanted.values()]
+        self._wanted.clear()
+        return answers
+
+    def _drop_ended(self) -> None:
+        """Free the slots of orders that ended unmade; what is being decoded is handed out all the same."""
+        for identity, (request, draw) in list(self._drawn.items()):
+            if draw.order not in self._jobs and any(p.bench.engine.cancel(request) for p in self._posts.values()):
+                del self._drawn[identity]
+
+
+def _hopeless(job: _Job, index: int, attempts: int) -> QualityError:
+    reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(job.rejects.items()))
+    return QualityError(
+        f"image {index} of seed {job.order.seed}: none of {attempts} attempts passed the quality checks ({reasons} in "
+        "all); ask for other attributes, more steps or another seed"
+    )
+
+
+def _stopped(error: Exception) -> BusyError:
+    stopped = BusyError(
+        "this engine stopped by an error of its own; ask again, another one takes its place", RETRY_S
+    )  # fmt: skip
+    stopped.__cause__ = error
+    return stopped
+
+
+def _settle(answers: Iterable[Answer]) -> None:
+    """End futures: outside of all locks, since what waits for them may run at once."""
+    for future, outcome in answers:
+        if future.set_running_or_notify_cancel():
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
