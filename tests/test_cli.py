@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from scanloom.api_key import PATTERN
 from scanloom.artefact import Artefact, FileEntry, Lineage, publish
 from scanloom.cli import app
 from scanloom.errors import RecipeError
 from scanloom.overview import readable_bytes, statistic_rows
 from scanloom.store import Store
+from serve.access import Gatekeeper
+from serve.config import Access
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +48,41 @@ def artefact(tmp_path: Path) -> Artefact:
         inputs=[Lineage(role="source", kind="scans", uri="s3://b/scans", digest="ab" * 32)],
         statistics={"scans": {"train": 80, "holdout": 9}, "cells": [{"sex": "F", "count": 1}] * 40},
     )  # fmt: skip
+
+
+# --- key ------------------------------------------------------------------------------------------------------
+
+
+def test_a_made_key_is_shown_once_and_its_entry_added_to_a_file_lets_it_in(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    keys = []
+    for options in (
+        ["--tenant", "clinic-a"],
+        ["--tenant", "clinic-b", "--id", "lab", "--scope", "admin", "--days", "9"],
+    ):
+        result = _invoke("key", *options)
+        assert result.exit_code == 0
+        (key,) = re.findall(PATTERN, result.stderr)
+        assert key not in result.stdout
+        keys.append(key)
+        with file.open("a") as stream:
+            stream.write(result.stdout)
+    keeper = Gatekeeper(Access(keys_file=str(file)))
+    callers = [asyncio.run(keeper.admit(f"Bearer {key}")) for key in keys]
+    assert [(caller.tenant, *sorted(caller.scopes)) for caller in callers] == [
+        ("clinic-a", "datasets", "generate"),
+        ("clinic-b", "admin"),
+    ]
+    assert callers[1].who == "lab"
+    assert "expires" in yaml.safe_load(file.read_text())[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--tenant", "../x"], ["--tenant", "a", "--id", "b c"], ["--tenant", ""], ["--tenant", "a", "--scope", "root"]],
+)
+def test_a_key_for_what_is_no_name_or_no_scope_is_refused(options: list[str]) -> None:
+    assert isinstance(_invoke("key", *options).exception, RecipeError)
 
 
 # --- show -----------------------------------------------------------------------------------------------------

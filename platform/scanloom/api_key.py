@@ -9,12 +9,19 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
+from scanloom.api import Name
+from scanloom.errors import RecipeError
+
 Scope = Literal["generate", "datasets", "admin"]
 """generate: images and generators; datasets: datasets and generators; admin: every tenant's datasets, and metrics."""
 
 PATTERN = r"scanloom_[A-Za-z0-9][A-Za-z0-9._-]{0,63}_[A-Za-z0-9]{40}"
 """What every key looks like, for scanners that search for leaked ones."""
 _LETTERS = string.ascii_letters + string.digits
+_NAME: TypeAdapter[Any] = TypeAdapter(Name)
+_SCOPE: TypeAdapter[Any] = TypeAdapter(Scope)
 _LENGTH = 40  # of 62 letters: 238 bits, far beyond guessing, so that a plain hash of the key protects it
 
 
@@ -28,8 +35,16 @@ def fingerprint(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def entry(key: str, key_id: str, tenant: str, scopes: Sequence[Scope], days: int | None) -> dict[str, Any]:
-    """A key as `keys_file` lists it, as plain data; `days` from now on it is taken, None: for ever."""
+def entry(key: str, key_id: str, tenant: str, scopes: Sequence[str], days: int | None) -> dict[str, Any]:
+    """A key as `keys_file` lists it, as plain data; `days` from now on it is taken, None: for ever.
+
+    RecipeError for what is no name of a key or a tenant, and no scope.
+    """
+    for what, text, kind in (("id", key_id, _NAME), ("tenant", tenant, _NAME), *(("scope", s, _SCOPE) for s in scopes)):
+        try:
+            kind.validate_python(text)
+        except ValidationError as error:
+            raise RecipeError(f"{what} {text!r}: {error.errors()[0]['msg']}") from None
     found: dict[str, Any] = {"id": key_id, "sha256": fingerprint(key), "tenant": tenant, "scopes": list(scopes)}
     if days is not None:
         found["expires"] = (datetime.now(UTC) + timedelta(days=days)).isoformat(timespec="seconds")

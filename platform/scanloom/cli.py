@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections import Counter
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
+import yaml
 
 from scanloom import console
+from scanloom.api_key import entry, new_key
 from scanloom.artefact import Artefact, Problem, code_version, open_artefact, verify
 from scanloom.errors import RecipeError, ScanloomError
 from scanloom.overview import overview, unfinished
@@ -124,6 +127,26 @@ def demo(context: typer.Context) -> None:
 def serve(context: typer.Context) -> None:
     """Serve a generator over HTTP, here. `serve --help` says more."""
     _become("serve.local", context.args)
+
+
+@app.command()
+def key(
+    tenant: Annotated[str, typer.Option(metavar="NAME", help="Whose key it is.")],
+    key_id: Annotated[
+        str | None, typer.Option("--id", metavar="NAME", help="Names it in logs; default: made up.")
+    ] = None,
+    scopes: Annotated[
+        list[str] | None,
+        typer.Option("--scope", metavar="SCOPE", help="generate, datasets or admin; default: the first two."),
+    ] = None,
+    days: Annotated[int | None, typer.Option(min=1, metavar="N", help="Taken for so long; default: for ever.")] = None,
+) -> None:
+    """A new API key: it goes to standard error, once; to standard output goes what a service's keys_file lists."""
+    key_id = key_id or f"{tenant[:48]}-{secrets.token_hex(4)}"
+    made = new_key(key_id)
+    listed = entry(made, key_id, tenant, scopes or ("generate", "datasets"), days)
+    print(yaml.safe_dump([listed], sort_keys=False), end="")  # noqa: T201
+    print(f"the key, which is shown this once: {made}", file=sys.stderr)  # noqa: T201
 
 
 @app.command()
