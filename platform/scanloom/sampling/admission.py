@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 BULK_TURN = 8
 """Of so many slots granted while bulk images wait, one is theirs."""
 _NEWEST = 0.1
-"""Weight of the newest measurement in a running mean: about the last twenty count."""
+"""Weight of the newest measurement: about the last twenty count."""
 _NEWEST_DRAW = 0.02
 _LEAST_PASSING = 0.02
 
@@ -49,14 +49,16 @@ class Pace:
     draws: float = 1.0
     """Draws to an image that passes the checks."""
 
-    def stepped(self, seconds: float, calls: int) -> Pace:
-        """After a step that finished no image."""
-        return replace(self, call_s=_mean(self.call_s, seconds / calls))
+    def measured(self, seconds: float, calls: int, images: int) -> Pace:
+        """After a step with so many calls that finished so many images.
 
-    def finished(self, seconds: float, calls: int, images: int) -> Pace:
-        """After a step that finished images."""
-        rest = max(0.0, seconds - calls * self.call_s) / images
-        return replace(self, image_s=_mean(self.image_s, rest))
+        Normalised least mean squares (Widrow and Hoff 1960): what the step took beyond what was foreseen is put down to
+        calls and images as there are calls and images in it.
+        """
+        beyond = seconds - calls * self.call_s - images * self.image_s
+        share = _NEWEST * beyond / (calls**2 + images**2)
+        call_s = max(self.call_s + share * calls, self.call_s / 2)
+        return replace(self, call_s=call_s, image_s=max(self.image_s + share * images, 0.0))
 
     def judged(self, *, passed: bool) -> Pace:
         """After a look at a draw."""
@@ -70,10 +72,6 @@ class Pace:
     def alone_s(self, steps: int) -> float:
         """Of one image by itself, drawn once."""
         return steps * self.call_s + self.image_s
-
-
-def _mean(before: float, now: float) -> float:
-    return before + _NEWEST * (now - before)
 
 
 class Line:

@@ -194,10 +194,7 @@ class Bookings:
     def measured(self, generator: str, shape: Shape, seconds: float, calls: int, finished: int) -> None:
         """A step with so many calls took so long, images that it finished and what was done with them included."""
         batch = self._batches[generator, shape]
-        if finished:
-            batch.pace = batch.pace.finished(seconds, calls, finished)
-        else:
-            batch.pace = batch.pace.stepped(seconds, calls)
+        batch.pace = batch.pace.measured(seconds, calls, finished)
 
     def judged(self, draw: Draw, *, passed: bool) -> bool:
         """A draw was looked at: made, or to be drawn again. Whether the order is complete by it."""
