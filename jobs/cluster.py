@@ -53,7 +53,7 @@ def connected() -> Iterator[None]:
             address=address or "local",
             num_cpus=None if address else (os.cpu_count() or 1) + SPARE_CPUS,
             # What a cluster of our own starts inherits the environment.
-            runtime_env={"worker_process_setup_hook": _environment()} if address else None,
+            runtime_env={"worker_process_setup_hook": _environment(), "env_vars": _niceness()} if address else None,
             log_to_driver=False,
             include_dashboard=False,
             logging_level=logging.WARNING,
@@ -73,6 +73,12 @@ def _environment() -> Callable[[], None]:
     """
     forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
     return lambda: os.environ.update(forwarded)
+
+
+def _niceness() -> dict[str, str]:
+    """Workers of another cluster run with this driver's niceness where it has one; Ray's default is 15 for all."""
+    own = os.nice(0)
+    return {"RAY_worker_niceness": str(own)} if own > 0 else {}
 
 
 def require_room(cpus: int, gpus: float, what: str) -> None:

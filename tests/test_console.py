@@ -36,6 +36,11 @@ def test_a_known_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.splitlines()[-1] == "error: fix this"
 
 
+def test_a_failure_of_a_store_that_may_pass_has_an_exit_code_of_its_own() -> None:
+    assert console.run(lambda: _fail(StoreError("down", retryable=True))) == console.TRY_AGAIN == 75
+    assert console.run(lambda: _fail(StoreError("no such bucket"))) == 2
+
+
 def test_an_unknown_error_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         console.run(lambda: _fail(ZeroDivisionError()))

@@ -137,10 +137,14 @@ def _to_file_only(record: logging.LogRecord) -> bool:
     return True
 
 
+TRY_AGAIN = 75
+"""Exit code where a store failed in a way that may pass (EX_TEMPFAIL of sysexits.h)."""
+
+
 def run(main: Callable[[], None]) -> int:
     """Exit code of `main`: 0, or 2 with one line on standard error where a ScanloomError ended it.
 
-    An error that crossed a Ray worker is found under its wrappers. Anything else passes through with its traceback.
+    TRY_AGAIN in place of 2 where the same command may succeed later by itself. An error that crossed a Ray worker is found under its wrappers. Anything else passes through with its traceback.
     """
     log_to_stderr()
     try:
@@ -153,7 +157,7 @@ def run(main: Callable[[], None]) -> int:
         if known is None:
             raise
         print("error:", " ".join(str(known).split()), file=sys.stderr)  # noqa: T201
-        return 2
+        return TRY_AGAIN if isinstance(known, StoreError) and known.retryable else 2
     return 0
 
 
@@ -185,5 +189,8 @@ def _named_in(traceback: str) -> ScanloomError | None:
     ending = _ENDING.search(traceback)
     if ending is None:
         return None
-    kinds: dict[str, type[ScanloomError]] = {kind.__name__: kind for kind in (RecipeError, StoreError, ArtefactError)}
+    if ending[1] == StoreError.__name__:
+        # Whether it may pass is not told. A store that had let the job begin is more likely down than wrong.
+        return StoreError(ending[2], retryable=True)
+    kinds: dict[str, type[ScanloomError]] = {kind.__name__: kind for kind in (RecipeError, ArtefactError)}
     return kinds.get(ending[1], ScanloomError)(ending[2])
