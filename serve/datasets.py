@@ -1,0 +1,166 @@
+"""`/v1/datasets`: datasets of any size, ordered now and made by jobs. The ledger knows them; this is its HTTP face."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Query
+from pydantic import BaseModel
+from starlette.concurrency import iterate_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from scanloom.api import DatasetJob, DatasetRequest
+from scanloom.errors import ArtefactError, BusyError
+from serve.access import Caller
+from serve.audit_log import Entry
+from serve.body import read_body
+from serve.catalogue import offered
+from serve.images import idempotency_key
+from serve.ledger import Ledger
+from serve.parts import Parts
+from serve.pictures import JSON, PARQUET
+from serve.problem import Refusal, refusal_of
+
+Result = TypeVar("Result")
+
+MOST_WAITING = 64
+"""Calls of the ledger that wait for the store at once; further ones are refused."""
+_THREADS = 8
+_SUFFIXES = {"json": JSON, "parquet": PARQUET, "tar": "application/x-tar"}
+_OTHER = "application/octet-stream"
+FILE_TYPES = (*_SUFFIXES.values(), _OTHER)
+"""Media types of a dataset's files."""
+_RETRY_S = 2.0
+Limit = Annotated[int, Query(ge=1, le=1000, description="Datasets on a page.")]
+After = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="`next` of the page before.")]
+
+
+class Datasets:
+    """Answers the routes of `/v1/datasets`; callers see the datasets of their tenant, admins all."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ledger")
+        self._waiting = 0
+        self._placing: dict[str, asyncio.Lock] = {}
+
+    async def post(self, request: Request) -> Response:
+        """Accept an order: 202, or 200 with the dataset that the same Idempotency-Key ordered before."""
+        caller = _caller(request)
+        body = await read_body(request, DatasetRequest)
+        offer = offered(self._parts.catalogue, body.generator)
+        key = idempotency_key(request)
+        try:
+            # An order that is on its way is placed and counted, whether the client waits for it or not.
+            job, new = await asyncio.shield(asyncio.ensure_future(self._placed(caller, body, request, key)))
+        except ArtefactError as error:
+            self._note(request, caller, "outside-envelope")
+            raise Refusal("outside-envelope", str(error), envelope=offer.envelope) from error
+        except Exception as error:
+            self._note(request, caller, refusal_of(error).kind)
+            raise
+        self._note(request, caller, "done" if new else "known", job)
+        return _answer(job, 202 if new else 200, {"Location": f"/v1/datasets/{job.id}"})
+
+    async def list(self, request: Request, limit: Limit = 100, after: After = None) -> Response:
+        """The datasets that were ordered, newest first."""
+        return _answer(await self._call(self._ledger.jobs, _tenant(request), limit, after))
+
+    async def get(self, request: Request, id: str) -> Response:
+        """Where a dataset stands."""
+        return _answer(await self._call(self._ledger.find, _tenant(request), id))
+
+    async def cancel(self, request: Request, id: str) -> Response:
+        """End a dataset that is not finished; what is made of it stays unfinished in the store."""
+        job = await self._call(self._ledger.cancel, _tenant(request), id)
+        self._note(request, _caller(request), "done", job, action="cancel")
+        return _answer(job)
+
+    async def result(self, request: Request, id: str) -> Response:
+        """The files of a finished dataset, and where each can be read."""
+        return _answer(await self._call(self._ledger.result, _tenant(request), id))
+
+    async def file(self, request: Request, id: str, path: str) -> Response:
+        """A file of a finished dataset in a store that is a local folder."""
+        first, rest = await self._call(_begun, self._ledger, _tenant(request), id, path)
+
+        def content() -> Iterator[bytes]:
+            yield first
+            yield from rest
+
+        media_type = _SUFFIXES.get(path.rpartition(".")[2], _OTHER)
+        return StreamingResponse(iterate_in_threadpool(content()), media_type=media_type)
+
+    async def _placed(
+        self, caller: Caller, body: DatasetRequest, request: Request, key: str | None
+    ) -> tuple[DatasetJob, bool]:
+        order = (caller.tenant, body, request.state.request, key)
+        # One at a time, so that the jobs that are counted are those that are there.
+        async with self._placing.setdefault(caller.tenant, asyncio.Lock()):
+            if key is not None and await self._call(self._ledger.ordered, caller.tenant, key):
+                return await self._call(self._ledger.place, *order)
+            open_jobs = await self._call(self._ledger.open_jobs, caller.tenant)
+            with self._parts.quotas.charge_dataset(caller, body.images, open_jobs) as charge:
+                job, new = await self._call(self._ledger.place, *order)
+                if new:
+                    charge.made(body.images)
+                return job, new
+
+    @property
+    def _ledger(self) -> Ledger:
+        if self._parts.ledger is None:
+            raise Refusal("not-found", "this service takes no orders for datasets")
+        return self._parts.ledger
+
+    async def _call(self, method: Callable[..., Result], *arguments: Any) -> Result:
+        """What a blocking method gives, in a thread. Raises BusyError where too many wait for one."""
+        if self._waiting >= MOST_WAITING:
+            raise BusyError("too many requests wait for the store; ask again", _RETRY_S)
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, method, *arguments)
+        finally:
+            self._waiting -= 1
+
+    def _note(
+        self, request: Request, caller: Caller, outcome: str, job: DatasetJob | None = None, action: str = "dataset"
+    ) -> None:
+        entry = Entry(
+            request=request.state.request,
+            tenant=caller.tenant,
+            who=caller.who,
+            action=action,
+            outcome=outcome,
+            generator=job and job.generator,
+            generator_digest=job and job.generator_digest,
+            seed=job and job.seed,
+            count=job and job.images,
+            plan=job and job.plan,
+            dataset=job and job.id,
+        )
+        self._parts.audit.note(entry)
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    caller.require("datasets")
+    return caller
+
+
+def _tenant(request: Request) -> str | None:
+    caller = _caller(request)
+    return None if "admin" in caller.scopes else caller.tenant
+
+
+def _begun(ledger: Ledger, tenant: str | None, id: str, path: str) -> tuple[bytes, Iterator[bytes]]:
+    """The first piece of a file and the rest, so that what is wrong is known before the answer begins."""
+    pieces = iter(ledger.file(tenant, id, path))
+    return next(pieces, b""), pieces
+
+
+def _answer(model: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(model.model_dump_json(), status, headers, JSON)
