@@ -40,6 +40,8 @@ class Replicas(Section):
     cpus: Count = 1
     """Threads of an engine."""
     gpus: Annotated[float, Field(ge=0)] = 0
+    resources: Mapping[str, Annotated[float, Field(gt=0)]] = {}
+    """Custom Ray resources that an engine asks for, such as those of some nodes."""
     slots: Count = 32
     """Rows of the denoiser's batch; a guided image takes two."""
     rows: Count | None = None

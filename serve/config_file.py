@@ -27,9 +27,10 @@ SETTLED = {
     "max_ongoing_requests": "args.replicas.requests", "max_queued_requests": "args.replicas.queued",
     "graceful_shutdown_timeout_s": "args.replicas.drain_s", "graceful_shutdown_wait_loop_s": "args.replicas.drain_s",
     "backpressure_config": "args.replicas.queued",
-    "num_cpus": "args.replicas.cpus", "num_gpus": "args.replicas.gpus",
+    "ray_actor_options": "args.replicas.cpus, gpus and resources",
 }  # fmt: skip
-"""Options of deployments that follow from the service's settings, and the settings that say so."""
+"""Options of deployments that follow from the service's settings, and the settings that say so. A file's option would
+take the place of ours, as a whole."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,7 @@ def _deployment_faults(deployment: Mapping[str, Any], at: str) -> Iterator[str]:
     if deployment.get("name") not in DEPLOYMENTS:
         name = str(deployment.get("name"))
         yield f"{at}.name: unknown deployment {name!r}{nearest(name, DEPLOYMENTS)}"
-    options = deployment.get("ray_actor_options")
-    for key in (*deployment, *(options if isinstance(options, Mapping) else ())):
-        if key in SETTLED:
-            yield f"{at}: {key} follows from {SETTLED[key]}; set that"
+    yield from (f"{at}: {key} follows from {SETTLED[key]}; set that" for key in deployment if key in SETTLED)
 
 
 def _unknown(tree: Mapping[Any, Any], model: type[BaseModel], at: str) -> Iterator[str]:

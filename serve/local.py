@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import json
+import logging
 import os
 import re
 import secrets
@@ -26,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scanloom import console
 from scanloom.api_key import PATTERN, fingerprint, new_key
@@ -34,13 +35,16 @@ from scanloom.artefact import open_artefact
 from scanloom.embedded_s3 import EmbeddedS3
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import load_recipe
-from serve.catalogue import Offer, read_catalogue
 from serve.config import Access, ApiKey, Datasets, ServedGenerator, Service, as_arguments
 
-# Ray reads RAY_* variables while it is imported, so that nothing here imports it before `_settle`.
+if TYPE_CHECKING:
+    from serve.catalogue import Offer
+
+# Ray reads RAY_* variables while it is imported: nothing here may import it, or what imports it, before `_settle`.
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_RECIPE = ROOT / "jobs" / "recipes" / "demo.yaml"
+OBJECT_STORE_BYTES = 1 << 30
 READY_S = 600.0
 """For Ray, weights and the first image."""
 HTTP: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, "request_timeout_s": 330, "keep_alive_timeout_s": 90}
@@ -188,6 +192,8 @@ def _former_key(file: Path) -> str | None:
 
 def _require_generators(service: Service) -> list[Offer]:
     """What is served. Raises ArtefactError or StoreError, before Ray starts, where a generator cannot be read."""
+    from serve.catalogue import read_catalogue
+
     try:
         return list(read_catalogue(service).values())
     except ArtefactError as error:
@@ -221,26 +227,35 @@ def _running(plan: Plan) -> Iterator[None]:
     """Ray and the service, ready; at the end what is being answered is finished, up to `replicas.drain_s`."""
     import ray
     from ray import serve
+    from ray.cluster_utils import Cluster
 
-    context = ray.init(
-        address="local",
-        num_cpus=_processors(plan.service),
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-        logging_level="WARNING",
+    # Not by ray.init, which cannot choose the port of the agent that takes jobs: any other Ray on the machine has it.
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": _processors(plan.service),
+            "num_gpus": _gpus(plan.service),
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": _free_port(),
+            "dashboard_agent_listen_port": _free_port(),
+        },
     )
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # After Ray, which has handlers of its own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        _deploy(plan, f"http://{context.dashboard_url}")
+        _deploy(plan, f"http://{cluster.webui_url}")
         yield
         serve.delete(plan.application)
     finally:
         with suppress(KeyboardInterrupt):
             serve.shutdown()
         ray.shutdown()
+        cluster.shutdown()
 
 
 def _deploy(plan: Plan, dashboard: str) -> None:
@@ -258,6 +273,20 @@ def _deploy(plan: Plan, dashboard: str) -> None:
         if time.monotonic() > deadline:
             raise ArtefactError(f"{plan.url}/readyz: not ready after {READY_S:.0f} s; Ray's logs say more")
         time.sleep(0.2)
+
+
+def _gpus(service: Service) -> int:
+    """Those of the machine, where somebody asks for some."""
+    if not (service.replicas.gpus or (service.datasets and service.datasets.gpus_per_engine)):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 def _answers(url: str) -> bool:

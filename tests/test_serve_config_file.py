@@ -93,7 +93,10 @@ def test_a_typo_in_a_deployments_options_is_told(tmp_path: Path, key: str) -> No
         ({"name": "engine"}, "unknown deployment 'engine'; did you mean 'engines'"),
         ({"name": "engines", "max_queued_requests": 5}, "max_queued_requests follows from args.replicas.queued"),
         ({"name": "engines", "autoscaling_config": {"min_replicas": 1}}, "follows from args.replicas"),
-        ({"name": "engines", "ray_actor_options": {"num_gpus": 1}}, "num_gpus follows from args.replicas.gpus"),
+        (
+            {"name": "engines", "ray_actor_options": {"num_gpus": 1}},
+            "follows from args.replicas.cpus, gpus and resources",
+        ),
     ],
 )
 def test_a_setting_can_be_made_in_one_place_only(tmp_path: Path, options: dict[str, Any], told: str) -> None:
@@ -103,14 +106,9 @@ def test_a_setting_can_be_made_in_one_place_only(tmp_path: Path, options: dict[s
         read_config(written(tmp_path, tree))
 
 
-def test_where_replicas_run_may_be_said_of_deployments(tmp_path: Path) -> None:
+def test_other_options_of_deployments_may_be_set(tmp_path: Path) -> None:
     tree = example()
-    options = {
-        "name": "engines",
-        "ray_actor_options": {"resources": {"spot": 1}},
-        "logging_config": {"encoding": "JSON"},
-    }
-    tree["applications"][0]["deployments"] = [options]
+    tree["applications"][0]["deployments"] = [{"name": "engines", "logging_config": {"encoding": "JSON"}}]
     assert read_config(written(tmp_path, tree)).application.deployments[0].name == "engines"
 
 
