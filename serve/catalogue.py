@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scanloom import base
-from scanloom.api import FieldProblem, GeneratorInfo
+from scanloom.api import FieldProblem, GeneratorInfo, ProblemKind
 from scanloom.artefact import Artefact, open_artefact, plan_digest
 from scanloom.attributes import NO_LABEL, Value
 from scanloom.errors import ArtefactError, RecipeError
@@ -88,7 +88,7 @@ class Offer:
         faults = wrong + outside
         if faults:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-            kind = "invalid" if wrong else "outside-envelope"
+            kind: ProblemKind = "invalid" if wrong else "outside-envelope"
             raise Refusal(kind, faults[0].message + more, errors=faults, envelope=self.envelope)
         return self.card.attributes.check(asked)
 

@@ -101,7 +101,7 @@ class Datasets:
         order = (caller.tenant, body, request.state.request, key)
         # One at a time, so that the jobs that are counted are those that are there.
         async with self._placing.setdefault(caller.tenant, asyncio.Lock()):
-            if key is not None and await self._call(self._ledger.ordered, caller.tenant, key):
+            if key is not None and await self._call(self._ledger.ordered, caller.tenant, key) is not None:
                 return await self._call(self._ledger.place, *order)
             open_jobs = await self._call(self._ledger.open_jobs, caller.tenant)
             with self._parts.quotas.charge_dataset(caller, body.images, open_jobs) as charge:
@@ -129,18 +129,12 @@ class Datasets:
     def _note(
         self, request: Request, caller: Caller, outcome: str, job: DatasetJob | None = None, action: str = "dataset"
     ) -> None:
+        made: dict[str, Any] = {} if job is None else {
+            "generator": job.generator, "generator_digest": job.generator_digest, "seed": job.seed,
+            "count": job.images, "plan": job.plan, "dataset": job.id,
+        }  # fmt: skip
         entry = Entry(
-            request=request.state.request,
-            tenant=caller.tenant,
-            who=caller.who,
-            action=action,
-            outcome=outcome,
-            generator=job and job.generator,
-            generator_digest=job and job.generator_digest,
-            seed=job and job.seed,
-            count=job and job.images,
-            plan=job and job.plan,
-            dataset=job and job.id,
+            request=request.state.request, tenant=caller.tenant, who=caller.who, action=action, outcome=outcome, **made
         )
         self._parts.audit.note(entry)
 

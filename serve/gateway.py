@@ -41,6 +41,7 @@ from serve.openapi import (
     document,
     images_examples,
     problems,
+    success,
 )
 from serve.parts import Parts as Parts
 from serve.pictures import JSON
@@ -80,7 +81,7 @@ def _add_images(app: FastAPI, parts: Parts) -> None:
         images.post,
         methods=["POST"],
         response_model=ImagesAnswer,
-        responses={200: {"description": "The images.", "content": IMAGE_FORMATS}}
+        responses=success(200, "The images.", content=IMAGE_FORMATS)
         | problems(*KEYED, "unacceptable", "invalid", "outside-envelope", "busy", "quota", "deadline"),
         openapi_extra=body_of(ImagesRequest, images_examples(next(iter(parts.catalogue.values())))),
         summary="Make a few images now",
@@ -99,7 +100,7 @@ def _add_datasets(app: FastAPI, parts: Parts) -> None:
         methods=["POST"],
         status_code=202,
         response_model=DatasetJob,
-        responses={200: {"description": "The same key ordered it before.", "model": DatasetJob}}
+        responses=success(200, "The same key ordered it before.", model=DatasetJob)
         | problems(*faults, "outside-envelope", "quota", "conflict"),
         openapi_extra=body_of(DatasetRequest, dataset_examples(next(iter(parts.catalogue.values())))),
         summary="Order a dataset",
@@ -111,7 +112,7 @@ def _add_datasets(app: FastAPI, parts: Parts) -> None:
         summary="Cancel a dataset")  # fmt: skip
     add(f"{one}/result", datasets.result, response_model=DatasetResult, responses=settled,
         summary="The files of a finished dataset")  # fmt: skip
-    file = {200: {"description": "The file.", "content": {name: {} for name in FILE_TYPES}}}
+    file = success(200, "The file.", content={name: {} for name in FILE_TYPES})
     add(f"{one}/files/{{path:path}}", datasets.file, response_class=Response, responses=file | settled,
         summary="A file of a finished dataset in a local store")  # fmt: skip
 
@@ -159,7 +160,7 @@ def _add_operations(app: FastAPI, parts: Parts) -> None:
         summary="Whether the gateway answers")  # fmt: skip
     add("/readyz", readyz, response_model=State, responses=problems(*ANY, "unavailable"), openapi_extra=KEYLESS,
         summary="Whether images can be made")  # fmt: skip
-    page = {200: {"description": "In Prometheus' text format.", "content": {"text/plain": {}}}}
+    page = success(200, "In Prometheus' text format.", content={"text/plain": {}})
     add(
         "/metrics",
         metrics,

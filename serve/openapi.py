@@ -50,6 +50,11 @@ def problems(*kinds: ProblemKind) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def success(status: int, description: str, **told: Any) -> dict[int | str, dict[str, Any]]:
+    """One more response of a route; `told`: `content` by media type, or `model`."""
+    return {status: {"description": description, **told}}
+
+
 def body_of(model: type[Section], examples: Mapping[str, Any]) -> dict[str, Any]:
     """`openapi_extra` of a route that takes a body, which may be sent again under an Idempotency-Key."""
     schema = {"$ref": REFS.format(model=model.__name__)}
