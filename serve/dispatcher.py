@@ -98,7 +98,8 @@ class Dispatcher:
         if self._loop is None:
             self._loop = asyncio.create_task(self.run(), name="dispatcher")
         elif self._loop.done() and not self._closed.is_set():
-            raise RuntimeError("the dispatcher's loop has ended") from self._loop.exception()
+            cause = None if self._loop.cancelled() else self._loop.exception()
+            raise RuntimeError("the dispatcher's loop has ended") from cause
         since = self._busy_since
         if since is not None and time.monotonic() - since > LONGEST_PASS_S:
             raise RuntimeError(f"the dispatcher's look at all orders takes over {LONGEST_PASS_S:.0f} s")

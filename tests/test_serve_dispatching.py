@@ -1,0 +1,482 @@
+"""What the dispatcher does, on a cluster that is none: every accepted dataset gets the jobs it takes, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from scanloom.embedded_s3 import EmbeddedS3
+from scanloom.errors import StoreError
+from scanloom.store import Store
+from serve.config import Service
+from serve.dispatcher import Dispatcher, job_name, why
+from serve.ledger import Ledger
+from serve.orders import Ticket
+from serve.ray_jobs import JobsUnavailable, RayJobs
+from tests.fault_proxy import FaultProxy
+from tests.interleaving import Killed, interleaved
+from tests.served_datasets import REQUEST, FakeCluster, finish, publish_bare_generator, service
+
+LONG_AGO = 1e9
+
+
+class Place:
+    """A service's settings with a ledger, a cluster, and dispatchers as they come and go."""
+
+    def __init__(self, store: str, generator: str, **datasets: Any) -> None:
+        self.settings = service(store, generator, **datasets)
+        self.ledger = Ledger(self.settings)
+        self.cluster = FakeCluster()
+        self.now = LONG_AGO
+
+    def dispatcher(self) -> Dispatcher:
+        return Dispatcher(self.settings, self.cluster, clock=lambda: self.now)
+
+    def order(self, tenant: str = "acme") -> str:
+        return self.ledger.place(tenant, REQUEST, "r")[0].id
+
+    def state(self, id: str) -> str:
+        return self.ledger.find(None, id).state
+
+    def finish(self, id: str, tenant: str = "acme", attempt: int = 1) -> None:
+        finish(self.settings, tenant, id)
+        self.cluster.end(name(id, attempt))
+
+
+def name(id: str, attempt: int = 1) -> str:
+    return job_name(Ticket("acme", id), attempt)
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return publish_bare_generator(str(tmp_path_factory.mktemp("generator"))).uri
+
+
+@pytest.fixture
+def new_place(tmp_path: Path, generator: str) -> Callable[..., Place]:
+    places: list[Place] = []
+
+    def make(**datasets: Any) -> Place:
+        places.append(Place(str(tmp_path / str(len(places))), generator, **datasets))
+        return places[-1]
+
+    return make
+
+
+# --- the way of an order --------------------------------------------------------------------------------------
+
+
+def test_an_order_gets_a_job_and_ends_with_its_dataset(new_place: Callable[..., Place]) -> None:
+    place = new_place()
+    id, dispatcher = place.order(), place.dispatcher()
+    done = dispatcher.reconcile()
+    assert (done.live, done.waiting, done.submitted, done.ended) == (1, 0, 1, 0)
+    assert place.cluster.recipes == {name(id): str(Path(place.ledger.orders.store.uri) / "acme" / id / "recipe.yaml")}
+    assert place.state(id) == "running"
+    assert dispatcher.reconcile().submitted == 0
+    place.finish(id)
+    assert dispatcher.reconcile().ended == 1
+    assert place.state(id) == "finished"
+    assert place.ledger.orders.open() == []
+    assert dispatcher.reconcile() == dispatcher.reconcile()
+    assert place.cluster.log == [("submit", name(id))]
+
+
+def test_a_failed_job_is_followed_by_another_up_to_a_number_of_attempts(new_place: Callable[..., Place]) -> None:
+    place = new_place(attempts=3)
+    id, dispatcher = place.order(), place.dispatcher()
+    for attempt in (1, 2, 3):
+        dispatcher.reconcile()
+        assert place.cluster.live == [name(id, attempt)]
+        assert place.state(id) == "running"
+        message = "Job entrypoint command failed with exit code -9, last available logs (truncated):\nloading\nimage 7"
+        place.cluster.end(name(id, attempt), exit_code=-9, message=message)
+    dispatcher.reconcile()
+    assert place.state(id) == "failed"
+    problem = "Job entrypoint command failed with exit code -9 / loading / image 7"
+    assert place.ledger.find("acme", id).problem == problem
+    assert dispatcher.reconcile().live == 0
+
+
+def test_a_job_that_says_that_it_cannot_be_done_is_not_tried_again(new_place: Callable[..., Place]) -> None:
+    place = new_place()
+    id, dispatcher = place.order(), place.dispatcher()
+    dispatcher.reconcile()
+    message = (
+        "failed with exit code 2, last available logs:\nwarning: x\nerror: generator g: is damaged; make it again\n"
+    )
+    place.cluster.end(name(id), exit_code=2, message=message)
+    dispatcher.reconcile()
+    assert place.ledger.find("acme", id).problem == "generator g: is damaged; make it again"
+
+
+def test_a_job_that_lost_its_store_is_tried_again(new_place: Callable[..., Place]) -> None:
+    place = new_place()
+    id, dispatcher = place.order(), place.dispatcher()
+    dispatcher.reconcile()
+    place.cluster.end(name(id), exit_code=75, message="error: s3://b: no answer")
+    dispatcher.reconcile()
+    assert place.cluster.live == [name(id, 2)]
+
+
+def test_a_job_for_which_the_cluster_had_no_room_is_no_failure(new_place: Callable[..., Place]) -> None:
+    place = new_place(attempts=2)
+    id, dispatcher = place.order(), place.dispatcher()
+    for attempt in range(1, 6):
+        dispatcher.reconcile()
+        place.cluster.end(name(id, attempt), exit_code=None, message="no node with spot", started=False)
+    dispatcher.reconcile()
+    assert place.cluster.live == [name(id, 6)]
+    place.cluster.end(name(id, 6), exit_code=-9)
+    dispatcher.reconcile()
+    place.cluster.end(name(id, 7), exit_code=-9)
+    dispatcher.reconcile()
+    assert place.state(id) == "failed"
+
+
+def test_attempts_keep_a_distance_that_grows(new_place: Callable[..., Place]) -> None:
+    place = new_place(poll_s=10.0)
+    id, dispatcher = place.order(), place.dispatcher()
+    dispatcher.reconcile()
+    for attempt, distance_s in ((1, 10), (2, 20), (3, 40)):
+        place.now += 1000
+        place.cluster.end(name(id, attempt), exit_code=1)
+        job = place.cluster.jobs[name(id, attempt)]
+        place.cluster.jobs[name(id, attempt)] = type(job)(live=False, exit_code=1, ended=place.now)
+        place.now += distance_s - 1
+        dispatcher.reconcile()
+        assert place.cluster.live == []
+        place.now += 2
+        dispatcher.reconcile()
+        assert place.cluster.live == [name(id, attempt + 1)]
+
+
+def test_a_job_that_ends_well_without_a_dataset_is_a_failure(new_place: Callable[..., Place]) -> None:
+    place = new_place(attempts=1)
+    id, dispatcher = place.order(), place.dispatcher()
+    dispatcher.reconcile()
+    place.cluster.end(name(id), exit_code=0)
+    dispatcher.reconcile()
+    assert place.ledger.find("acme", id).problem == "its job ended without a word"
+
+
+# --- cancelling -----------------------------------------------------------------------------------------------
+
+
+def test_a_running_order_is_cancelled_when_its_job_is_stopped(new_place: Callable[..., Place]) -> None:
+    place = new_place()
+    id, dispatcher = place.order(), place.dispatcher()
+    dispatcher.reconcile()
+    place.ledger.cancel("acme", id)
+    assert dispatcher.reconcile().live == 1
+    assert place.cluster.log[-1] == ("stop", name(id))
+    assert place.state(id) == "running"
+    dispatcher.reconcile()
+    assert place.state(id) == "cancelled"
+    assert place.ledger.orders.open() == []
+
+
+def test_a_dataset_that_was_finished_before_its_job_could_be_stopped_is_finished(
+    new_place: Callable[..., Place],
+) -> None:
+    place = new_place()
+    id, dispatcher = place.order(), place.dispatcher()
+    dispatcher.reconcile()
+    place.ledger.cancel("acme", id)
+    place.finish(id)
+    dispatcher.reconcile()
+    assert place.state(id) == "finished"
+
+
+def test_a_cancelled_order_whose_cluster_is_gone_is_cancelled(new_place: Callable[..., Place]) -> None:
+    place = new_place()
+    id = place.order()
+    place.dispatcher().reconcile()
+    place.ledger.cancel("acme", id)
+    place.cluster = FakeCluster()
+    place.dispatcher().reconcile()
+    assert place.state(id) == "cancelled"
+    assert place.cluster.log == []
+
+
+# --- whose turn it is -----------------------------------------------------------------------------------------
+
+
+def test_no_more_jobs_than_there_may_be_oldest_first(new_place: Callable[..., Place]) -> None:
+    place = new_place(jobs_at_once=2)
+    ids, dispatcher = [place.order() for _ in range(5)], place.dispatcher()
+    seen = []
+    for _ in range(5):
+        dispatcher.reconcile()
+        assert len(place.cluster.live) <= 2
+        if place.cluster.live:
+            seen.append(place.cluster.live[0])
+            place.finish(next(id for id in ids if name(id) == seen[-1]))
+    assert seen == [name(id) for id in sorted(ids, reverse=True)]
+
+
+@pytest.mark.parametrize("jobs_at_once", [1, 2])
+def test_a_tenant_with_many_orders_does_not_hold_up_another(new_place: Callable[..., Place], jobs_at_once: int) -> None:
+    place = new_place(jobs_at_once=jobs_at_once)
+    many = {place.order("many"): "many" for _ in range(6)}
+    few = {place.order("few"): "few" for _ in range(2)}
+    tenants, dispatcher = many | few, place.dispatcher()
+    turns = []
+    for _ in range(8):
+        place.now += 1
+        dispatcher.reconcile()
+        for id, tenant in tenants.items():
+            if name(id) in place.cluster.live:
+                turns.append(tenant)
+                place.finish(id, tenant)
+    assert sorted(turns[:4]) == ["few", "few", "many", "many"]
+    assert len(turns) == 8
+
+
+def test_what_was_begun_goes_before_what_waits(new_place: Callable[..., Place]) -> None:
+    place = new_place(jobs_at_once=1)
+    first, dispatcher = place.order(), place.dispatcher()
+    dispatcher.reconcile()
+    second = place.order("other")
+    place.cluster.end(name(first), exit_code=1)
+    dispatcher.reconcile()
+    assert place.cluster.live == [name(first, 2)]
+    place.finish(first, attempt=2)
+    dispatcher.reconcile()
+    assert place.cluster.live == [name(second)]
+
+
+def test_a_waiting_order_costs_nothing_at_each_look(
+    new_place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = new_place(jobs_at_once=1)
+    for _ in range(30):
+        place.order()
+    dispatcher = place.dispatcher()
+    dispatcher.reconcile()
+    looks: list[str] = []
+    names = Store.names
+    monkeypatch.setattr(
+        Store, "names", lambda store, *args, **kw: [looks.append(args[0]), names(store, *args, **kw)][1]
+    )
+    dispatcher.reconcile()
+    assert len(looks) == 2  # the running order's folder and its submissions
+
+
+def test_a_damaged_order_holds_up_no_other(new_place: Callable[..., Place], caplog: pytest.LogCaptureFixture) -> None:
+    place = new_place(jobs_at_once=1)
+    bad, good = place.order(), place.order()
+    place.ledger.orders.store.write(f"acme/{bad}/order.json", b"{}")
+    dispatcher = place.dispatcher()
+    for _ in range(3):
+        dispatcher._pass()
+    assert place.cluster.live == [name(good)]
+
+
+def test_an_order_whose_folder_holds_another_plan_fails(new_place: Callable[..., Place]) -> None:
+    place = new_place()
+    id = place.order()
+    place.ledger.orders.store.write(f"acme/{id}/dataset/plan.json", b'{"kind": "dataset", "plan": "0000"}')
+    place.dispatcher().reconcile()
+    assert "another plan" in (place.ledger.find("acme", id).problem or "")
+
+
+# --- who dies and what is down --------------------------------------------------------------------------------
+
+
+def test_a_new_dispatcher_adopts_a_job_that_still_runs(new_place: Callable[..., Place]) -> None:
+    place = new_place()
+    id = place.order()
+    place.dispatcher().reconcile()
+    assert place.dispatcher().reconcile().live == 1
+    assert place.cluster.log == [("submit", name(id))]
+
+
+def test_a_new_cluster_gets_the_same_attempt_again(new_place: Callable[..., Place]) -> None:
+    place = new_place(attempts=1)
+    id = place.order()
+    place.dispatcher().reconcile()
+    for _ in range(3):
+        place.cluster = FakeCluster()
+        place.dispatcher().reconcile()
+        assert place.cluster.live == [name(id)]
+    place.finish(id)
+    place.dispatcher().reconcile()
+    assert place.state(id) == "finished"
+
+
+def test_an_order_that_was_only_half_placed_is_left_to_whoever_places_it(new_place: Callable[..., Place]) -> None:
+    place = new_place()
+    id = place.order()
+    text = place.ledger.orders.store.read(f"acme/{id}/order.json")
+    place.ledger.orders.store.delete(
+        [f"acme/{id}/order.json", f"acme/{id}/recipe.yaml", f"acme/{id}/dataset/plan.json"]
+    )
+    dispatcher = place.dispatcher()
+    assert dispatcher.reconcile().submitted == 0
+    place.ledger.orders.store.write(f"acme/{id}/order.json", text)
+    assert dispatcher.reconcile().submitted == 1
+    assert place.ledger.orders.store.exists(f"acme/{id}/recipe.yaml")
+
+
+def test_a_store_that_deletes_nothing_costs_one_look(
+    new_place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise StoreError("these credentials may not do this")
+
+    monkeypatch.setattr(Store, "delete", refuse)
+    place = new_place()
+    id, dispatcher = place.order(), place.dispatcher()
+    dispatcher.reconcile()
+    place.finish(id)
+    assert dispatcher.reconcile().ended == 1
+    assert dispatcher.reconcile() == dispatcher.reconcile()
+    assert dispatcher.reconcile().ended == 0
+    assert place.dispatcher().reconcile().ended == 1
+
+
+def test_a_cluster_that_does_not_answer_is_waited_for(
+    new_place: Callable[..., Place], caplog: pytest.LogCaptureFixture
+) -> None:
+    place = new_place()
+    id, dispatcher = place.order(), place.dispatcher()
+    place.cluster.down = True
+    with pytest.raises(JobsUnavailable):
+        dispatcher.reconcile()
+    with caplog.at_level(logging.INFO, "scanloom.serve"):
+        for _ in range(3):
+            dispatcher._pass()
+        place.cluster.down = False
+        dispatcher._pass()
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "does not answer" in line] == ["datasets: Ray's Jobs API does not answer"]
+    assert "datasets: all is well again" in said
+    assert place.cluster.live == [name(id)]
+
+
+@pytest.mark.s3
+def test_a_store_that_is_down_is_waited_for(
+    s3: EmbeddedS3, store_uri: str, generator: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(store_uri, generator)
+    id, dispatcher = place.order(), place.dispatcher()
+    with FaultProxy(s3.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        proxy.inject("403", times=-1)  # which is told at once, without the pauses of a 503
+        with caplog.at_level(logging.INFO, "scanloom.serve"):
+            dispatcher._pass()
+        assert any("_open" in record.getMessage() for record in caplog.records)
+        assert place.cluster.log == []
+        proxy.heal()
+        dispatcher._pass()
+    assert place.cluster.live == [name(id)]
+
+
+def test_the_loop_runs_until_it_is_closed_and_health_tells_when_it_ended(new_place: Callable[..., Place]) -> None:
+    place = new_place(poll_s=0.01)
+    id, dispatcher = place.order(), place.dispatcher()
+
+    async def serve() -> None:
+        await dispatcher.check_health()
+        async with asyncio.timeout(20):
+            while name(id) not in place.cluster.live:
+                await asyncio.sleep(0.01)
+        await dispatcher.check_health()
+        assert dispatcher._loop is not None
+        dispatcher._loop.cancel()
+        async with asyncio.timeout(20):
+            while not dispatcher._loop.done():
+                await asyncio.sleep(0.01)
+        with pytest.raises(RuntimeError, match="has ended"):
+            await dispatcher.check_health()
+
+    asyncio.run(serve())
+
+
+def test_an_error_that_nobody_foresaw_ends_no_loop(
+    new_place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = new_place()
+    dispatcher = place.dispatcher()
+    monkeypatch.setattr(Dispatcher, "reconcile", lambda _: 1 / 0)
+    dispatcher._pass()
+    assert "ZeroDivisionError" in caplog.text
+
+
+# --- at once --------------------------------------------------------------------------------------------------
+
+
+def settle(place: Place, ids: list[str]) -> None:
+    """Let jobs end well and dispatchers look until nothing is open."""
+    for _ in range(20):
+        place.dispatcher().reconcile()
+        for job in place.cluster.live:
+            id = next(id for id in ids if id in job)
+            finish(place.settings, "acme", id)
+            place.cluster.end(job)
+    assert place.ledger.orders.open() == []
+
+
+@given(data=st.data())
+@examples(max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_however_dispatchers_and_a_cancel_interleave_and_die_every_order_ends_as_it_should(
+    new_place: Callable[..., Place], data: st.DataObject
+) -> None:
+    place = new_place(jobs_at_once=2)
+    wanted, unwanted = place.order(), place.order()
+    kills = data.draw(st.integers(0, 2))
+
+    def choose(running: int) -> tuple[int, bool]:
+        nonlocal kills
+        kill = kills > 0 and data.draw(st.integers(0, 20)) == 0
+        kills -= kill
+        return data.draw(st.integers(0, running - 1)), kill
+
+    calls: list[Callable[[], Any]] = [
+        lambda: place.dispatcher().reconcile(), lambda: place.dispatcher().reconcile(),
+        lambda: place.ledger.cancel("acme", unwanted),
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        results = interleaved(patch, calls, choose)
+    assert not [error for error in results[:2] if isinstance(error, Exception)]
+    asked = not isinstance(results[2], Killed)
+    submitted = [job for what, job in place.cluster.log if what == "submit"]
+    assert len(submitted) == len(set(submitted))
+    if asked and results[2].state == "cancelled":
+        assert name(unwanted) not in place.cluster.live
+    settle(place, [wanted, unwanted])
+    assert place.state(wanted) == "finished"
+    assert place.state(unwanted) in ({"cancelled"} if asked else {"cancelled", "finished"})
+    assert {job for what, job in place.cluster.log if what == "submit"} <= {name(wanted), name(unwanted)}
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("niceness", [0, 15])
+def test_a_job_is_a_plain_command_without_a_secret(generator: str, niceness: int, tmp_path: Path) -> None:
+    settings: Service = service(str(tmp_path), generator, niceness=niceness)
+    assert settings.datasets is not None
+    command = RayJobs(settings.datasets).entrypoint("s3://a bucket/it's.yaml")
+    words = shlex.split(command)
+    assert words[1:4] == ["exec", "nice", "-n"]
+    assert words[4] == str(niceness)
+    assert words[6:] == ["-m", "jobs.generate", "s3://a bucket/it's.yaml"]
+    assert words[0] == f"PYTHONPATH={Path(__file__).parents[1]}${{PYTHONPATH:+:$PYTHONPATH}}"
+
+
+def test_why_a_job_failed_is_its_error_or_its_last_words() -> None:
+    assert why("") == ""
+    assert why("Job supervisor actor died") == "Job supervisor actor died"
+    assert why("exit code 2, last available logs (x):\nerror: first\nmore\nerror: second\nbye") == "second"
+    assert len(why("error: " + "x" * 5000)) == 600
