@@ -14,7 +14,7 @@ from scanloom.embedded_s3 import EmbeddedS3
 from tests.fault_proxy import FaultProxy
 from tests.killing import Hosts, Trial, Victim, require_equal, require_readable, require_success
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3]
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
 TRIALS = 54
 MOST_ATTEMPTS = 4
 VICTIMS: tuple[Victim, ...] = ("driver", "engine", "writer", "host")
@@ -96,7 +96,6 @@ def test_two_drivers_at_once_make_one_dataset(tmp_path: Path, hosts: Hosts, buck
     _rival(tmp_path, hosts, bucket, undisturbed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(TRIALS))
 def test_whatever_dies_the_dataset_is_the_undisturbed_one(
     tmp_path: Path, hosts: Hosts, bucket: str, s3: EmbeddedS3, undisturbed: Artefact, seed: int

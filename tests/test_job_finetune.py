@@ -181,6 +181,7 @@ def test_the_generator_holds_the_record_of_its_training_which_is_no_part_of_its_
     assert generator.manifest.model_copy(update={"files": rewritten}).digest == generator.digest
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line_and_leaves_no_generator(beside: str) -> None:
     with pytest.raises(Exception) as caught:
         finetune(recipe(beside, learning_rate=1e30, gradient_clip=1e30, warmup_steps=0, max_failures=0))
