@@ -109,7 +109,7 @@ def oidc(jwks: object, **settings: Any) -> Access:
 def claims(**changes: Any) -> dict[str, Any]:
     """Of a good token; a change to None leaves a claim out."""
     now = int(time.time())
-    found = {"iss": ISSUER, "aud": AUDIENCE, "sub": "ann", "exp": now + 600, "iat": now, "tenant": "clinic-a"}
+    found = {"iss": ISSUER, "aud": AUDIENCE, "sub": "ann", "exp": now + 86_400, "iat": now, "tenant": "clinic-a"}
     merged = found | {"scope": "openid generate"} | changes
     return {name: value for name, value in merged.items() if value is not None}
 
@@ -342,17 +342,17 @@ def test_settings_that_cannot_be_meant_are_refused(settings: Mapping[str, Any], 
 @pytest.mark.parametrize(
     "sent",
     [
-        token(),
-        token(EC_KEY, "ES256", "e1"),
-        token(RSA_KEY, "PS256"),
-        token(aud=["other", AUDIENCE]),
-        token(exp=int(time.time()) - 10),  # within the leeway
-        token(nbf=int(time.time()) + 10),
+        lambda: token(),
+        lambda: token(EC_KEY, "ES256", "e1"),
+        lambda: token(RSA_KEY, "PS256"),
+        lambda: token(aud=["other", AUDIENCE]),
+        lambda: token(exp=int(time.time()) - 10),  # within the leeway
+        lambda: token(nbf=int(time.time()) + 10),
     ],
 )
-def test_a_good_token_is_taken(jwks_file: Path, sent: str) -> None:
+def test_a_good_token_is_taken(jwks_file: Path, sent: Callable[[], str]) -> None:
     keeper = Gatekeeper(oidc(jwks_file, algorithms=("RS256", "ES256", "PS256")))
-    assert admit(keeper, sent) == Caller("clinic-a", "ann", frozenset({"generate"}))
+    assert admit(keeper, sent()) == Caller("clinic-a", "ann", frozenset({"generate"}))
 
 
 @pytest.mark.parametrize(
