@@ -55,7 +55,9 @@ def app(service: Service) -> Application:
 class Gateway:
     """The parts of the HTTP application, put together in the process that runs it."""
 
-    def __init__(self, service: Service, engines: DeploymentHandle, dispatcher: DeploymentHandle | None) -> None:
+    def __init__(
+        self, service: Service, engines: DeploymentHandle[Any], dispatcher: DeploymentHandle[Any] | None
+    ) -> None:
         """The dispatcher is only named, so that Serve runs it: the two meet in the store."""
         self._readiness = _Readiness(service.replicas.least, engines.deployment_id)
         self._parts = Parts(
@@ -117,7 +119,8 @@ class _Readiness:
     def _is_there(self) -> bool:
         application = serve.status().applications.get(self._engines.app_name)
         deployment = application.deployments.get(self._engines.name) if application else None
-        return deployment is not None and deployment.replica_states.get("RUNNING", 0) > 0
+        states = deployment.replica_states if deployment else {}
+        return any(state == "RUNNING" and count > 0 for state, count in states.items())
 
 
 def _of_engines(replicas: Replicas) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def _running(plan: Plan) -> Iterator[None]:
             "dashboard_agent_listen_port": _free_port(),
         },
     )
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # After Ray, which has handlers of its own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -329,7 +329,7 @@ def _tell(plan: Plan, offer: Offer) -> None:
         f"source {shlex.quote(str(plan.env_file))}",
         f'curl -sSf "$SCANLOOM_URL/v1/images" {authorization}-H "Content-Type: application/json" '
         f'-H "Accept: image/png" -d {body} -o image.png',
-        f"documentation of the routes: {plan.url}/docs",
+        f"all routes: {plan.url}/openapi.json",
     ]
     print(*told, sep="\n  ", flush=True)  # noqa: T201
 
