@@ -428,7 +428,7 @@ def settle(place: Place, ids: list[str]) -> None:
 
 
 @given(data=st.data())
-@examples(max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_however_dispatchers_and_a_cancel_interleave_and_die_every_order_ends_as_it_should(
     new_place: Callable[..., Place], data: st.DataObject
 ) -> None:

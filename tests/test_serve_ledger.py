@@ -37,7 +37,7 @@ from tests.served_datasets import OTHER, REQUEST, finish, publish_bare_generator
 CREATES = 5
 """Objects that placing an order with an Idempotency-Key creates."""
 ANY_ORDER = examples(
-    max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -192,6 +192,7 @@ def test_lists_are_newest_first_page_by_page_and_of_one_tenant_or_all(
         ledger.jobs("a", 3, "../b")
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_a_page_of_thousands_costs_what_a_page_of_few_does(s3: EmbeddedS3, store_uri: str, generator: str) -> None:
     ledger = Ledger(service(store_uri, generator))
@@ -424,7 +425,10 @@ def test_however_two_requests_race_for_a_key_one_of_them_wins(folder_ledger: Any
 
 
 @pytest.mark.s3
-def test_an_order_survives_lost_acknowledgements(s3: EmbeddedS3, store_uri: str, generator: str) -> None:
+def test_an_order_survives_lost_acknowledgements(
+    s3: EmbeddedS3, store_uri: str, generator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: threading.Event().wait(0.001))  # botocore's pauses
     ledger = Ledger(service(store_uri, generator))
     with FaultProxy(s3.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
