@@ -39,6 +39,8 @@ def parse(data: bytes, model: type[Body]) -> Body:
         tree = from_json(data, allow_inf_nan=False)
     except ValueError as error:
         raise Refusal("bad-request", f"the body is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise invalid("", "the body is no object; expected one of fields and their values, in braces")
     _require_sound(tree)
     try:
         return model.model_validate(tree)
