@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from scanloom.errors import RecipeError
+from scanloom.recipe_audit import Audit as Audit
 from scanloom.recipe_cohort import AsCorpusCohort as AsCorpusCohort
 from scanloom.recipe_cohort import BalancedCohort as BalancedCohort
 from scanloom.recipe_cohort import CellsCohort as CellsCohort
@@ -153,6 +154,7 @@ class Recipe(Section):
     encode: Encode = Encode()
     finetune: Finetune = Finetune()
     probe: Probe = Probe()
+    audit: Audit = Audit()
     generate: Generate | None = None
 
     @model_validator(mode="after")

@@ -1,0 +1,299 @@
+"""Whether images are copies of training scans: detectors, thresholds from held-out patients, and proven power.
+
+A detector says how alike an image and its nearest training scan are. What counts as a copy follows from scans of
+patients that nobody trained on: their likeness is what chance and anatomy give. Two scans of one patient are more alike
+than that without being copies, so that thresholds come from held-out patients alone, never from training scans among
+themselves, where patients meet their own other scans; and it is patients that are independent, so that a patient counts
+once, by the scan that is most alike.
+
+Legend of shape suffixes: N images, R training scans, S pixels of a square's side, D values of an embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import beta
+
+from scanloom.audit.intervals import Estimate, clustered_share, share
+from scanloom.audit.plants import Plant
+
+Floats = NDArray[np.float64]
+Squares = NDArray[np.float32]
+"""Images [N, S, S] in [0, 1], all of one side."""
+
+_BLOCK_VALUES = 2**22
+_CARLINI_NEAREST, _CARLINI_ALPHA = 50, 0.5
+PLANTED_SCANS = 512
+
+
+@dataclass(frozen=True)
+class Found:
+    """For each image the training scan that is nearest to it, and how alike they are; the higher, the more."""
+
+    likeness_N: Floats
+    row_N: NDArray[np.int64]
+
+
+class Detector(Protocol):
+    """Looks an image up among the training scans that it was made with."""
+
+    def __call__(self, images_NSS: Squares, /) -> Found: ...
+
+
+# --- detectors ------------------------------------------------------------------------------------------------
+
+
+class Embeddings:
+    """Likeness is the cosine of embeddings; every training scan is in the index as it is and mirrored."""
+
+    def __init__(self, embed: Callable[[Squares], NDArray[np.float32]], train_RSS: Squares) -> None:
+        self._embed = embed
+        self._index_RD = np.concatenate([embed(train_RSS), embed(np.ascontiguousarray(train_RSS[:, :, ::-1]))])
+        self._scans = len(train_RSS)
+
+    def __call__(self, images_NSS: Squares) -> Found:
+        return self.look_up(self._embed(images_NSS))
+
+    def look_up(self, vectors_ND: NDArray[np.float32]) -> Found:
+        """What unit vectors [N, D] are nearest to, exactly."""
+        likeness, row = np.zeros(len(vectors_ND)), np.zeros(len(vectors_ND), dtype=np.int64)
+        for rows in _blocks(len(vectors_ND), len(self._index_RD)):
+            cosine = vectors_ND[rows] @ self._index_RD.T
+            row[rows] = cosine.argmax(axis=1)
+            likeness[rows] = cosine[np.arange(len(cosine)), row[rows]]
+        return Found(likeness, row % self._scans)
+
+    def among_train(self, patients: Sequence[str]) -> tuple[Floats, Floats]:
+        """How alike each training scan is to the nearest other one of its patient, and of other patients, [R] each.
+
+        -inf where there is none.
+        """
+        _, patient = np.unique(np.asarray(patients), return_inverse=True)
+        same, other = np.full(self._scans, -math.inf), np.full(self._scans, -math.inf)
+        both = np.concatenate([patient, patient])
+        for rows in _blocks(self._scans, len(self._index_RD)):
+            places = np.arange(self._scans)[rows]
+            cosine = (self._index_RD[rows] @ self._index_RD.T).astype(np.float64)
+            cosine[np.arange(len(places)), places] = -math.inf
+            cosine[np.arange(len(places)), places + self._scans] = -math.inf
+            alike = patient[rows][:, None] == both[None, :]
+            same[rows] = np.where(alike, cosine, -math.inf).max(axis=1)
+            other[rows] = np.where(alike, -math.inf, cosine).max(axis=1)
+        return same, other
+
+
+class PixelDistance:
+    """Likeness is minus the root mean square difference of pixels."""
+
+    def __init__(self, train_RSS: Squares) -> None:
+        self._train = _Flat(train_RSS)
+
+    def __call__(self, images_NSS: Squares) -> Found:
+        parts = [(distance.min(axis=1), distance.argmin(axis=1)) for distance in self._train.distances(images_NSS)]
+        return _joined(parts, sign=-1.0)
+
+
+class Pearson:
+    """Likeness is the correlation of pixels."""
+
+    def __init__(self, train_RSS: Squares) -> None:
+        self._train = _Flat(_standard(train_RSS))
+
+    def __call__(self, images_NSS: Squares) -> Found:
+        # Of images with mean 0 and deviation 1 the mean square difference is 2 - 2 r.
+        parts = [
+            (1.0 - distance.min(axis=1) ** 2 / 2.0, distance.argmin(axis=1))
+            for distance in self._train.distances(_standard(images_NSS))
+        ]
+        return _joined(parts, sign=1.0)
+
+
+class CarliniRatio:
+    """Likeness is minus the distance of pixels to the nearest scan over half of the mean to the 50 nearest ones.
+
+    Carlini et al. 2023, "Extracting Training Data from Diffusion Models", section 5.1 (alpha 0.5, n 50).
+    """
+
+    def __init__(self, train_RSS: Squares) -> None:
+        self._train = _Flat(train_RSS)
+
+    def __call__(self, images_NSS: Squares) -> Found:
+        parts = []
+        for distance in self._train.distances(images_NSS):
+            count = min(_CARLINI_NEAREST, distance.shape[1])
+            nearest = np.partition(distance, count - 1, axis=1)[:, :count]
+            usual = np.maximum(_CARLINI_ALPHA * nearest.mean(axis=1), 1e-12)
+            parts.append((nearest.min(axis=1) / usual, distance.argmin(axis=1)))
+        return _joined(parts, sign=-1.0)
+
+
+PEERS: Mapping[str, Callable[[Squares], Detector]] = {
+    "pixel L2": PixelDistance,
+    "Pearson": Pearson,
+    "Carlini ratio": CarliniRatio,
+}
+"""What others look for copies with, by name."""
+
+
+class _Flat:
+    """Training scans as rows of pixels, to which images have distances."""
+
+    def __init__(self, train_RSS: Squares) -> None:
+        self._rows = train_RSS.reshape(len(train_RSS), -1)
+        self._squares = np.einsum("rp,rp->r", self._rows, self._rows, dtype=np.float64)
+
+    def distances(self, images_NSS: Squares) -> Iterator[Floats]:
+        """Root mean square differences [n, R] of a block of images after the other."""
+        for rows in _blocks(len(images_NSS), max(len(self._rows), self._rows.shape[1])):
+            part = images_NSS[rows].reshape(-1, self._rows.shape[1])
+            squares = np.einsum("np,np->n", part, part, dtype=np.float64)
+            product = (part @ self._rows.T).astype(np.float64)
+            total = np.clip(squares[:, None] + self._squares[None, :] - 2.0 * product, 0.0, None)
+            yield np.sqrt(total / self._rows.shape[1])
+
+
+def _standard(images_NSS: Squares) -> Squares:
+    centred = images_NSS - images_NSS.mean(axis=(1, 2), keepdims=True)
+    return np.asarray(centred / np.maximum(centred.std(axis=(1, 2), keepdims=True), 1e-6), dtype=np.float32)
+
+
+def _joined(parts: Sequence[tuple[Floats, NDArray[np.int64]]], sign: float) -> Found:
+    if not parts:
+        return Found(np.zeros(0), np.zeros(0, dtype=np.int64))
+    return Found(sign * np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
+
+
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, _BLOCK_VALUES // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+# --- thresholds -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Above which likeness an image counts as a copy, and how often a scan of nobody trained on would."""
+
+    tau: float
+    asked: float
+    """Share of further patients of whom a scan may lie above it."""
+    promised: float
+    """What follows from so many patients: k / (n + 1); over `asked` where there are too few of them."""
+    at_most: float
+    """Upper end of the one-sided 95 % interval of that share, over which patients happened to be held out."""
+    patients: int
+    scans: int
+
+
+def calibrate(likeness_N: Floats, patients: Sequence[str], asked: float = 0.01) -> Threshold:
+    """The split-conformal threshold of held-out patients (Vovk et al. 2005; Angelopoulos & Bates 2023, section 1).
+
+    Of n patients, each by the scan most alike to a training scan, it is the k-th highest, k = floor(asked (n + 1)) and
+    at least 1: a patient like them lies above it with a chance of at most k / (n + 1). Given these patients that chance
+    has the distribution Beta(k, n + 1 - k) (Vovk 2012), whose 95 % point is `at_most`.
+
+    ValueError where there is no patient.
+    """
+    if len(likeness_N) == 0:
+        raise ValueError("calibrate: no scan of a held-out patient")
+    _, patient = np.unique(np.asarray(patients), return_inverse=True)
+    most = np.full(int(patient.max()) + 1, -math.inf)
+    np.maximum.at(most, patient, likeness_N)
+    count = len(most)
+    k = max(1, math.floor(asked * (count + 1) + 1e-9))
+    return Threshold(
+        tau=float(np.sort(most)[-k]), asked=asked, promised=k / (count + 1),
+        at_most=float(beta.ppf(0.95, k, count + 1 - k)), patients=count, scans=len(likeness_N),
+    )  # fmt: skip
+
+
+# --- power and rates ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How many planted copies of one kind are found."""
+
+    plant: str
+    strength: str
+    recall: Estimate
+    """Share that lies above the threshold, by patients."""
+    traced: float
+    """Share that does and whose nearest training scan is of the right patient."""
+    copies: int
+
+
+def power(
+    detector: Detector,
+    threshold: Threshold,
+    train_RSS: Squares,
+    patients: Sequence[str],
+    plants: Sequence[Plant],
+    *,
+    scans: int = PLANTED_SCANS,
+    seed: int = 0,
+) -> tuple[Recall, ...]:
+    """How many copies of at most `scans` training scans are found, for each way of planting them."""
+    rows = np.sort(np.random.default_rng(seed).permutation(len(train_RSS))[:scans])
+    owners = np.asarray(patients)
+    found = []
+    for plant in plants:
+        told = detector(plant.change(train_RSS[rows]))
+        hits = told.likeness_N > threshold.tau
+        traced = hits & (owners[told.row_N] == owners[rows])
+        recall = clustered_share(hits, owners[rows].tolist())
+        found.append(Recall(plant.name, plant.strength, recall, float(traced.mean()), len(rows)))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class CopyRates:
+    """How many images count as copies, beside scans of patients that nobody trained on."""
+
+    synthetic: Estimate
+    synthetic_images: int
+    copies: int
+    copied_scans: int
+    """Training scans that the copies are nearest to."""
+    held_out: Estimate
+    """Of patients that the threshold was not made with."""
+    held_out_scans: int
+    held_out_copies: int
+
+    @property
+    def excess(self) -> bool:
+        """Whether copies are more frequent than chance and anatomy explain."""
+        return self.synthetic.low > self.held_out.high
+
+
+def copy_rates(threshold: Threshold, synthetic: Found, held_out: Found, held_out_patients: Sequence[str]) -> CopyRates:
+    """The rates at a threshold; every synthetic image counts for itself."""
+    copies = synthetic.likeness_N > threshold.tau
+    false = held_out.likeness_N > threshold.tau
+    return CopyRates(
+        synthetic=share(int(copies.sum()), len(copies)), synthetic_images=len(copies), copies=int(copies.sum()),
+        copied_scans=len(np.unique(synthetic.row_N[copies])), held_out=clustered_share(false, held_out_patients),
+        held_out_scans=len(false), held_out_copies=int(false.sum()),
+    )  # fmt: skip
+
+
+def most_alike(found: Found, count: int) -> list[tuple[int, int, float]]:
+    """The images most alike to a training scan, (image, scan, likeness), each scan once."""
+    pairs: list[tuple[int, int, float]] = []
+    seen: set[int] = set()
+    for image in np.argsort(-found.likeness_N, kind="stable").tolist():
+        scan = int(found.row_N[image])
+        if scan not in seen:
+            seen.add(scan)
+            pairs.append((image, scan, float(found.likeness_N[image])))
+        if len(pairs) == count:
+            break
+    return pairs

@@ -1,0 +1,54 @@
+"""What a recipe says of the audit: how copies are looked for, and how much of a dataset is looked at."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from scanloom.section import Count, Positive, Section
+
+
+class CopyDetection(Section):
+    """The encoder that copies are looked for with, trained on the corpus, and what it is asked for."""
+
+    size_px: Annotated[int, Field(ge=32)] = 96
+    """It looks at squares of this side, or of the corpus's where that is smaller."""
+    channels: Annotated[tuple[Count, ...], Field(min_length=2)] = (16, 32, 64, 128)
+    """Each level halves the side; those that would leave fewer than 4 px are left out."""
+    width: Count = 128
+    """Values of an embedding."""
+    temperature: Positive = 0.05
+    steps: Count = 400
+    batch_size: Annotated[int, Field(ge=4)] = 64
+    """Scans of a step, all of them seen twice; those of one worker are told from each other."""
+    learning_rate: Positive = 2e-3
+    max_scans: Count = 50000
+    """Of the train split; all of them are looked up, so that with fewer a copy of the rest is not found."""
+    false_positive_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+    """Of held-out patients, at most so many may have a scan that counts as a copy."""
+    planted_scans: Count = 512
+    """Of so many training scans copies are planted, to see how many are found."""
+    workers: Count = 1
+    cpus_per_worker: Count = 1
+    use_gpu: bool = False
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    checkpoint_every_steps: Count = 200
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % self.workers or self.batch_size // self.workers < 4:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not give each of {self.workers} workers at least 4 scans"
+            )
+        return self
+
+
+class Audit(Section):
+    """What is measured of a dataset before it may leave."""
+
+    copies: CopyDetection = CopyDetection()
+    images: Count = 10000
+    """Of the dataset, at most so many are looked at, spread over all of it."""
+    pairs: Count = 12
+    """The images that are most alike to a training scan, shown beside it for whoever may see both."""
