@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from scanloom.api import DatasetJob, DatasetJobs, DatasetProgress, DatasetRequest, DatasetResult, ResultFile
 from scanloom.artefact import MANIFEST, PROGRESS, Artefact, open_artefact
 from scanloom.errors import ArtefactError, RecipeError, ScanloomError
-from scanloom.progress import Progress
+from scanloom.progress import STALE_S, Progress
 from scanloom.recipe import Recipe, parse_recipe
 from scanloom.sampling.plan import order as specified
 from scanloom.section import nearest
@@ -26,6 +27,7 @@ from scanloom.store import MissingError, Store
 from serve.config import Datasets, ServedGenerator, Service
 from serve.orders import DATASET, ID, TENANT, Order, Orders, Standing, Ticket, new_id, now, request_digest
 
+LOG = logging.getLogger("scanloom.serve")
 _PIECE_BYTES = 1 << 20
 _READERS = 16
 _MANIFESTS = 4
@@ -101,7 +103,7 @@ class Ledger:
             _require_tenant(tenant)
         tickets = self.orders.tickets(tenant, after or "", limit + 1)
         with ThreadPoolExecutor(_READERS) as pool:
-            orders = list(pool.map(self.orders.read, tickets[:limit]))
+            orders = list(pool.map(self._read_or_none, tickets[:limit]))
             told = list(pool.map(self._told, [order for order in orders if order is not None]))
         return DatasetJobs(datasets=told, next=tickets[limit - 1].id if len(tickets) > limit else None)
 
@@ -160,6 +162,13 @@ class Ledger:
             for start in range(0, entry.bytes, _PIECE_BYTES)
         )
 
+    def _read_or_none(self, ticket: Ticket) -> Order | None:
+        try:
+            return self.orders.read(ticket)
+        except ArtefactError as error:
+            LOG.warning("%s", error)  # a list of the others is worth more than none
+            return None
+
     # --- one order --------------------------------------------------------------------------------------------
 
     def _order(self, tenant: str | None, id: str) -> Order:
@@ -201,7 +210,7 @@ class Ledger:
         except (MissingError, ValidationError):
             done = total if standing.state == "finished" else 0
             return DatasetProgress(images_total=total, images_done=done, images_per_s=None, eta_s=None)
-        running = standing.state == "running"
+        running = standing.state == "running" and reported.state == "running" and reported.age_s < STALE_S
         return DatasetProgress(
             images_total=total,
             images_done=total if standing.state == "finished" else reported.images_done,

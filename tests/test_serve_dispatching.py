@@ -7,6 +7,7 @@ import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from serve.config import Service
 from serve.dispatcher import Dispatcher, job_name, why
 from serve.ledger import Ledger
 from serve.orders import Ticket
-from serve.ray_jobs import JobsUnavailable, RayJobs
+from serve.ray_jobs import JobsUnavailable, RayJobs, _code
 from tests.fault_proxy import FaultProxy
 from tests.interleaving import Killed, interleaved
 from tests.served_datasets import REQUEST, FakeCluster, finish, publish_bare_generator, service
@@ -473,6 +474,15 @@ def test_a_job_is_a_plain_command_without_a_secret(generator: str, niceness: int
     assert words[4] == str(niceness)
     assert words[6:] == ["-m", "jobs.generate", "s3://a bucket/it's.yaml"]
     assert words[0] == f"PYTHONPATH={Path(__file__).parents[1]}${{PYTHONPATH:+:$PYTHONPATH}}"
+
+
+def test_a_job_gets_the_services_code_and_nothing_else_of_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"working_dir": "gcs://code.zip", "env_vars": {"AWS_SECRET_ACCESS_KEY": "x"}, "pip": None, "config": {}}
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(runtime_env=own))
+    assert _code() == {"working_dir": "gcs://code.zip"}
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(runtime_env={}))
+    assert _code() is None
 
 
 def test_why_a_job_failed_is_its_error_or_its_last_words() -> None:

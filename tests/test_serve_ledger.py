@@ -241,6 +241,9 @@ def test_a_state_follows_from_what_is_there(ledger: Ledger, settings: Service) -
     told = ledger.find("acme", job.id).progress
     assert (told.images_done, told.images_total, told.rejects) == (6, 10, {"blank": 2})
     assert told.images_per_s == pytest.approx(report.images_per_s)
+    stale = report.model_copy(update={"updated": "2020-01-01T00:00:00+00:00"})
+    ledger.orders.store.write(f"acme/{job.id}/dataset/progress.json", stale.model_dump_json().encode())
+    assert ledger.find("acme", job.id).progress.images_per_s is None
     finish(settings, "acme", job.id)
     finished = ledger.find("acme", job.id)
     assert (finished.state, finished.progress.images_done, finished.progress.eta_s) == ("finished", 10, None)
@@ -463,11 +466,13 @@ def test_a_store_that_is_down_is_a_retryable_error_and_nothing_is_lost(
     assert len(ledger.jobs("acme", 9).datasets) == 2
 
 
-def test_a_damaged_order_is_named(ledger: Ledger) -> None:
-    job, _ = ledger.place("acme", REQUEST, "r")
+def test_a_damaged_order_is_named_and_hides_no_other(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
+    job, other = (ledger.place("acme", REQUEST, "r")[0] for _ in range(2))
     ledger.orders.store.write(f"acme/{job.id}/order.json", json.dumps({"id": job.id}).encode())
     with pytest.raises(ArtefactError, match=f"acme/{job.id}/order.json: is no order"):
         ledger.find("acme", job.id)
+    assert [j.id for j in ledger.jobs("acme", 5).datasets] == [other.id]
+    assert f"acme/{job.id}/order.json" in caplog.text
 
 
 def test_a_service_without_a_place_for_datasets_has_no_ledger(generator: str) -> None:
