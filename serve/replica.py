@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from scanloom.errors import RecipeError
 from scanloom.sampling.image_order import ImageOrder, MadeImages
 from serve.config import Service
+from serve.logs import log_to_stderr
 from serve.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Replica:
 
     def __init__(self, service: Service) -> None:
         """Raises ArtefactError or StoreError where one of the first `replicas.loaded` generators cannot be loaded."""
+        log_to_stderr()
         # Here, so that the gateway, which only names this class, starts without torch.
         from scanloom.sampling.desk import Desk
 

@@ -46,8 +46,8 @@ def opened() -> Iterator[Callable[..., Desk]]:
         desk.close()
 
 
-def order(generator: str = "a", *, within_s: float = PATIENCE_S, **told: Any) -> ImageOrder:
-    told = {"attributes": {}, "seed": 5, "steps": 3, "guidance_scale": 1.0} | told
+def order(generator: str = "a", *, within_s: float = PATIENCE_S, **changes: Any) -> ImageOrder:
+    told: dict[str, Any] = {"attributes": {}, "seed": 5, "steps": 3, "guidance_scale": 1.0} | changes
     return ImageOrder(request="r", generator=generator, due=time.time() + within_s, **told)
 
 

@@ -45,8 +45,8 @@ def replica(folder: Path) -> Iterator[Replica]:
     replica.drain(0.0)
 
 
-def order(generator: str = "first", *, within_s: float = 60.0, **told: Any) -> ImageOrder:
-    told = {"attributes": {"age": 60.0}, "seed": 5, "steps": 3} | told
+def order(generator: str = "first", *, within_s: float = 60.0, **changes: Any) -> ImageOrder:
+    told: dict[str, Any] = {"attributes": {"age": 60.0}, "seed": 5, "steps": 3} | changes
     return ImageOrder(request="r", generator=generator, due=time.time() + within_s, **told)
 
 

@@ -241,7 +241,7 @@ class Bookings:
 
     def _harm(self, order: ImageOrder, with_it: Mapping[int, float], now: float) -> float:
         """Seconds beyond its deadline at which an order accepted before would end because of this one; 0: none."""
-        hurt = {}
+        hurt: dict[int, float] = {}
         for other, end in with_it.items():
             known = self._orders.get(other)
             if known is not None and (order.priority == "bulk" or known.asked.priority == "interactive"):

@@ -65,6 +65,7 @@ class _Post:
     """A generator that is loaded."""
 
     bench: Workbench
+    capacity: Capacity
     load_s: float
     last: Shape | None = None
     """Of the batch that had the last turn."""
@@ -95,8 +96,7 @@ class _Looked:
 @dataclass(frozen=True)
 class _Loaded:
     generator: str
-    post: _Post | None
-    outcome: Capacity | Exception
+    outcome: _Post | Exception
 
 
 class Desk:
@@ -209,10 +209,11 @@ class Desk:
         try:
             bench = self._load(generator)
             capacity = bench.warm_up()
-            loaded = _Loaded(generator, _Post(bench, time.perf_counter() - started), capacity)
-            LOG.info("generator %s: loaded and warm after %.1f s", generator, time.perf_counter() - started)
+            post = _Post(bench, capacity, time.perf_counter() - started)
+            loaded = _Loaded(generator, post)
+            LOG.info("generator %s: loaded and warm after %.1f s", generator, post.load_s)
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait for the generator are told
-            loaded = _Loaded(generator, None, error)
+            loaded = _Loaded(generator, error)
         with self._changed:
             self._loaded.append(loaded)
             self._changed.notify_all()
@@ -271,15 +272,16 @@ class Desk:
     def _opened(self, loaded: _Loaded) -> Iterable[Answer]:
         self._loading = None
         wanted = self._wanted.pop(loaded.generator, None)
-        if isinstance(loaded.outcome, Exception) or loaded.post is None:
-            LOG.error("generator %s: cannot be loaded: %s", loaded.generator, loaded.outcome)
-            ended = [self._end(number, loaded.outcome) for number in self._book.of(loaded.generator)]
-            return [*ended, *([(wanted, loaded.outcome)] if wanted is not None else [])]
-        self._posts[loaded.generator] = loaded.post
+        outcome = loaded.outcome
+        if isinstance(outcome, Exception):
+            LOG.error("generator %s: cannot be loaded: %s", loaded.generator, outcome)
+            failed = [self._end(number, outcome) for number in self._book.of(loaded.generator)]
+            return [*failed, *([(wanted, outcome)] if wanted is not None else [])]
+        self._posts[loaded.generator] = outcome
         self._meters.setdefault(loaded.generator, Meter())
         error = RecipeError("guidance_scale: a guided image takes two slots and the engine has one; set it to 1")
-        ended = [self._end(number, error) for number in self._book.opened(loaded.generator, loaded.outcome)]
-        return [*ended, *([(wanted, None)] if wanted is not None else [])]
+        failed = [self._end(number, error) for number in self._book.opened(loaded.generator, outcome.capacity)]
+        return [*failed, *([(wanted, None)] if wanted is not None else [])]
 
     def _begin_loading(self, now: float) -> None:
         """Load the next generator that is asked for, where there is room or one that is idle makes room."""

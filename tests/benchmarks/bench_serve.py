@@ -1,0 +1,312 @@
+"""The service beside plain ones under the same load, and beside its bare engine; writes docs/serving-speed.md.
+
+Each service runs by itself, in processes of its own; the load comes from one more process. Ratios are medians over the
+rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from tests.benchmarks.measured_page import machine, write_section
+from tests.benchmarks.open_load import FEWEST, MOST, Outcome, Target, arrivals, closed_loop, open_loop, step_counts
+from tests.benchmarks.serve_peers import GENERATOR, WAIT_S
+from tests.processes import descendants, kill
+from tests.running_service import RunningService, config, free_port, plain_environment, written
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "serving-speed.md"
+SLOTS, ROWS = 16, 8
+LOADS = (0.5, 0.8, 1.2)
+"""Of what the bare engine makes."""
+WARM = 0.2
+"""Share of a run's time whose requests are not counted."""
+STARTS_S = 120.0
+MORE_THROUGHPUT, LESS_P95, LEAST_SATURATION, MOST_REFUSAL_S, LEAST_KEPT = 1.3, 0.6, 0.95, 0.1, 0.99
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one service under one load."""
+
+    images_per_s: float
+    p50_s: float
+    p95_s: float
+    """Of the images made, from the moment at which they were to be asked for."""
+    refused: float
+    """Share of the requests."""
+    refusal_p95_s: float
+    kept: float
+    """Share of the accepted requests that were answered with an image within their deadline."""
+    failed: int
+    """Neither an image nor a refusal."""
+
+
+def figures(outcomes: Sequence[Outcome], seconds: float, deadline_s: float) -> Figures:
+    counted = [each for each in outcomes if each.sent >= WARM * seconds]
+    made = [each.latency_s for each in counted if each.status == 200]
+    refusals = [each.latency_s for each in counted if each.status in (429, 503) and not each.dropped]
+    accepted = len(made) + sum(each.dropped for each in counted)
+    ended = sum(each.status == 200 and WARM * seconds <= each.ended < seconds for each in outcomes)
+    return Figures(
+        ended / ((1.0 - WARM) * seconds), _quantile(made, 0.5), _quantile(made, 0.95), len(refusals) / len(counted),
+        _quantile(refusals, 0.95), sum(latency <= deadline_s for latency in made) / max(accepted, 1),
+        len(counted) - accepted - len(refusals),
+    )  # fmt: skip
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return float(np.quantile(values, share)) if values else float("nan")
+
+
+# --- who is measured --------------------------------------------------------------------------------------------
+
+
+def bare_engine(rows: int, seconds: float) -> float:
+    """Images per second of an engine that is handed one request after the other, in this process."""
+    import itertools
+
+    from scanloom.sampling.engine import ImageRequest
+    from scanloom.sampling.workbench import open_workbench
+    from tests.benchmarks.open_load import ATTRIBUTES
+
+    bench = open_workbench(GENERATOR, slots=SLOTS, rows=rows)
+    bench.warm_up()
+    asked = (ImageRequest(n, 1, ATTRIBUTES, steps) for n, steps in zip(itertools.count(), step_counts(3), strict=False))
+    started, made, counted = time.perf_counter(), 0, 0.0
+    for _ in bench.engine.run(asked):
+        now = time.perf_counter() - started
+        if now >= seconds:
+            break
+        if now >= WARM * seconds:
+            made, counted = made + 1, now
+    return made / (counted - WARM * seconds)
+
+
+@contextmanager
+def scanloom(folder: Path, deadline_s: float) -> Iterator[Target]:
+    lenient = {"least_contrast": 0.0, "most_white": 1.0, "most_black": 1.0}
+    settings = {
+        "generators": [{"name": "base", "uri": GENERATOR, "quality": lenient}],
+        "replicas": {"slots": SLOTS, "rows": ROWS, "cpus": 1, "requests": 256},
+    }
+    with RunningService(folder, written(folder, config(settings))) as service:
+        headers = {"Authorization": f"Bearer {service.key}", "Accept": "image/png"}
+        yield Target(f"{service.url}/v1/images", headers, deadline_s)
+
+
+@contextmanager
+def peer(kind: str, path: str, deadline_s: float) -> Iterator[Target]:
+    port = free_port()
+    target = Target(f"http://127.0.0.1:{port}{path}", {}, deadline_s)
+    command = [sys.executable, str(ROOT / "tests/benchmarks/serve_peers.py"), kind, str(port), str(SLOTS)]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=plain_environment(), stdout=log, stderr=log)
+        try:
+            _await_image(process, target)
+            yield target
+        finally:
+            below = descendants(process.pid)
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            for left in below:
+                kill(left)
+
+
+def _await_image(process: subprocess.Popen[bytes], target: Target) -> None:
+    body = {"attributes": {}, "seed": 0, "steps": FEWEST}
+    for _ in range(int(STARTS_S)):
+        if process.poll() is not None:
+            raise RuntimeError(f"{process.args}: ended with {process.returncode}")
+        try:
+            if httpx.post(target.url, json=body, timeout=60, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(1.0)
+    raise RuntimeError(f"{process.args}: not ready within {STARTS_S:g} s")
+
+
+def services(folder: Path, deadline_s: float) -> dict[str, Callable[[], Any]]:
+    """By name, what starts them."""
+    return {
+        "scanloom": lambda: scanloom(folder, deadline_s),
+        "Ray Serve, @serve.batch": lambda: peer("ray", "/", deadline_s),
+        "LitServe": lambda: peer("litserve", "/predict", deadline_s),
+    }
+
+
+# --- what is measured -------------------------------------------------------------------------------------------
+
+Run = Mapping[str, Mapping[str, Figures]]
+"""By service and by load: `50 %`, ..., `saturation`."""
+
+
+def measure(target: Target, capacity: float, seconds: float, seed: int) -> dict[str, Figures]:
+    """All loads, one after the other, sent by a process of their own."""
+    with multiprocessing.get_context("spawn").Pool(1) as sender:
+        found = {}
+        for load in LOADS:
+            times = arrivals(load * capacity, seconds, seed)
+            outcomes = sender.apply(open_loop, (target, times, seed))
+            found[f"{load:.0%}"] = figures(outcomes, seconds, target.deadline_s)
+        patient = Target(target.url, target.headers, 300.0)
+        outcomes = sender.apply(closed_loop, (patient, 2 * SLOTS, seconds / 2, seed))
+        found["saturation"] = figures(outcomes, seconds / 2, 300.0)
+    return found
+
+
+def alone(rows: int, seconds: float) -> float:
+    """The bare engine, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        rate: float = pool.apply(bare_engine, (rows, seconds))
+    return rate
+
+
+def measured(rounds: int, seconds: float) -> tuple[list[Run], dict[int, float], float]:
+    """The runs, the bare engine's images per second by rows of a call, and the deadline of the requests."""
+    bare = {rows: alone(rows, max(10.0, seconds / 2)) for rows in (ROWS, SLOTS)}
+    capacity = bare[ROWS]
+    # Twice what an image of the most steps takes in a full engine.
+    deadline_s = round(2 * MOST * SLOTS / capacity / statistics.mean((FEWEST, MOST)), 1)
+    _say(f"bare engine: {bare} images/s; deadline {deadline_s} s")
+    runs = []
+    for turn in range(rounds):
+        run: dict[str, dict[str, Figures]] = {}
+        with tempfile.TemporaryDirectory(prefix="scanloom-bench-") as folder:
+            found = services(Path(folder), deadline_s)
+            for name in list(found)[:: -1 if turn % 2 else 1]:
+                with found[name]() as target:
+                    run[name] = measure(target, capacity, seconds, seed=turn + 1)
+                for load, told in run[name].items():
+                    _say(f"round {turn + 1}: {name}, {load}: {told}")
+        runs.append(run)
+    return runs, bare, deadline_s
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+HEAD = """# How fast the service is
+
+Measured by `tests/benchmarks/bench_serve.py`. Ratios are what to compare: rates are each machine's. The peers are
+written by hand in `tests/benchmarks/serve_peers.py`.
+"""
+LOAD_TITLE, ENGINE_TITLE = "Under load", "Beside the bare engine"
+TITLES = (LOAD_TITLE, ENGINE_TITLE)
+
+
+def under_load(runs: Sequence[Run], seconds: float, capacity: float, deadline_s: float) -> tuple[str, list[str]]:
+    peers = [name for name in runs[0] if name != "scanloom"]
+    gain = statistics.median(
+        run["scanloom"]["80%"].images_per_s / max(run[name]["80%"].images_per_s for name in peers) for run in runs
+    )
+    delay = statistics.median(
+        run["scanloom"]["80%"].p95_s / min(run[name]["80%"].p95_s for name in peers) for run in runs
+    )
+    refusal_s = _median(runs, "scanloom", "120%", "refusal_p95_s")
+    kept = min(run["scanloom"][f"{load:.0%}"].kept for run in runs for load in LOADS)
+    text = (
+        f"The base generator, 64x64, no guidance, DPM-Solver++; requests of one image each, of {FEWEST} to {MOST} "
+        f"steps, evenly spread, at the times of a Poisson process, {seconds:g} s a load of which the first {WARM:.0%} "
+        "are not counted. Loads are shares of what the bare engine makes by itself of the same mix on one thread "
+        f"({capacity:.1f} images/s). Every service has one model on one thread, and the machine's other core for all "
+        f"else, the sender of the requests included. scanloom: `scanloom serve`, {SLOTS} slots, {ROWS} rows a call. "
+        f"The peers: batches of up to {SLOTS} images, {WAIT_S:g} s of waiting for company, diffusers' scheduler, and "
+        "as many steps as the longest image of the batch asks for; they refuse nothing. Latency counts from the "
+        f"moment at which a request was to be sent. Every request states a deadline of {deadline_s:g} s, which the "
+        f"peers do not look at.\n\n{_load_table(runs)}\n\nAt 80 %: {gain:.2f} times the throughput of the better "
+        f"peer, and {delay:.2f} of the p95 of the better peer. At 120 %: 95 % of the refusals within "
+        f"{1000 * refusal_s:.0f} ms.\n"
+    )
+    failed = sum(told.failed for run in runs for told in run["scanloom"].values())
+    missed = [
+        *([f"throughput {gain:.2f} of the better peer at 80 %, asked {MORE_THROUGHPUT}"] * (gain < MORE_THROUGHPUT)),
+        *([f"p95 {delay:.2f} of the better peer at 80 %, asked {LESS_P95}"] * (delay > LESS_P95)),
+        *([f"refusals {refusal_s:.3f} s, asked {MOST_REFUSAL_S}"] * (refusal_s > MOST_REFUSAL_S)),
+        *([f"kept deadlines {kept:.3f} of those accepted, asked {LEAST_KEPT}"] * (kept < LEAST_KEPT)),
+        *([f"{failed} requests failed"] * (failed > 0)),
+    ]
+    return text, missed
+
+
+def _load_table(runs: Sequence[Run]) -> str:
+    lines = [
+        "| load | service | images/s | p50, s | p95, s | refused | refused within, ms (p95) | accepted and in time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for load in LOADS:
+        for name in runs[0]:
+            rate, p50, p95, refused, within, kept = (
+                _median(runs, name, f"{load:.0%}", figure)
+                for figure in ("images_per_s", "p50_s", "p95_s", "refused", "refusal_p95_s", "kept")
+            )
+            soon = "" if within != within else f"{1000 * within:.0f}"
+            lines.append(
+                f"| {load:.0%} | {name} | {rate:.2f} | {p50:.2f} | {p95:.2f} | {refused:.1%} | {soon} | {kept:.1%} |"
+            )
+    return "\n".join(lines)
+
+
+def beside_engine(runs: Sequence[Run], bare: Mapping[int, float]) -> tuple[str, list[str]]:
+    saturation = {name: _median(runs, name, "saturation", "images_per_s") for name in runs[0]}
+    share = saturation["scanloom"] / bare[ROWS]
+    lines = "\n".join(f"| {name} | {rate:.2f} | {rate / bare[ROWS]:.2f} |" for name, rate in saturation.items())
+    text = (
+        f"{2 * SLOTS} clients, each of which asks again as soon as it is answered; the same mix. The bare engine with "
+        f"{SLOTS} rows a call, which is best for throughput and worst for who is alone: {bare[SLOTS]:.2f} images/s.\n\n"
+        "| | images/s | of the bare engine |\n|---|---|---|\n"
+        f"| bare engine, {ROWS} rows a call | {bare[ROWS]:.2f} | 1 |\n{lines}\n"
+    )
+    return text, [f"saturation {share:.3f} of the bare engine, asked {LEAST_SATURATION}"] * (share < LEAST_SATURATION)
+
+
+def _median(runs: Sequence[Run], name: str, load: str, figure: str) -> float:
+    return statistics.median(getattr(run[name][load], figure) for run in runs)
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=2)
+    options.add_argument("--seconds", type=float, default=60.0, help="of each load")
+    options.add_argument("--dry", action="store_true", help="print the page's sections and leave the page as it is")
+    asked = options.parse_args()
+    runs, bare, deadline_s = measured(asked.rounds, asked.seconds)
+    missed = []
+    for title, (text, short) in {
+        LOAD_TITLE: under_load(runs, asked.seconds, bare[ROWS], deadline_s),
+        ENGINE_TITLE: beside_engine(runs, bare),
+    }.items():
+        section = f"## {title}\n\nOn {machine()}, {asked.rounds} rounds.\n\n{text}"
+        if not asked.dry:
+            write_section(PAGE, HEAD, TITLES, title, section)
+        print(section)  # noqa: T201
+        missed += short
+    print(*missed, sep="\n")  # noqa: T201
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

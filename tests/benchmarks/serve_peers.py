@@ -1,0 +1,122 @@
+"""Plain services that scanloom's is compared with: static batches around diffusers' scheduler, by Ray Serve, LitServe.
+
+python tests/benchmarks/serve_peers.py ray|litserve PORT BATCH
+
+Both take `POST /` (LitServe: `/predict`) with the same body as `POST /v1/images`, for one image without guidance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+GENERATOR = "embedded://base"
+WAIT_S = 0.05
+"""For company, once a request has come to an idle model."""
+
+
+class Pipeline:
+    """What one writes without an engine: a batch runs as many steps as its longest image."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from scanloom.models.generator import load_generator
+
+        torch.set_num_threads(1)
+        self._generator = load_generator(GENERATOR)
+        self([{"attributes": {}, "seed": 0, "steps": 2}])
+
+    def __call__(self, asked: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        import numpy as np
+        import torch
+
+        from scanloom.sampling.noise import gaussian_noise
+        from tests.benchmarks.engine_peers import bare_loop
+
+        generator = self._generator
+        noise = np.stack([gaussian_noise(each["seed"], 0, generator.latent_shape) for each in asked])
+        [images] = bare_loop(
+            generator._network, generator._vae, dict(generator.schedule.settings), torch.from_numpy(noise),
+            generator.condition([each["attributes"] for each in asked]), generator.null_condition(1), 1.0,
+            max(each["steps"] for each in asked), len(asked),
+        )  # fmt: skip
+        return [_png(image) for image in images]
+
+
+def _png(image: Any) -> bytes:
+    import numpy as np
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.fromarray(np.rint(image * 255.0).astype(np.uint8)).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def run_ray(port: int, batch: int) -> None:
+    import ray
+    from ray import serve
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    class Peer:
+        def __init__(self) -> None:
+            self._pipeline = Pipeline()
+
+        @serve.batch(max_batch_size=batch, batch_wait_timeout_s=WAIT_S)
+        async def make(self, asked: list[dict[str, Any]]) -> list[bytes]:
+            # In a thread, so that requests are taken meanwhile.
+            return await asyncio.to_thread(self._pipeline, asked)
+
+        async def __call__(self, request: Request) -> Response:
+            return Response(await self.make(await request.json()), media_type="image/png")  # type: ignore[arg-type]
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 1})(Peer).bind())
+    print("ready", flush=True)  # noqa: T201
+    signal.pause()
+
+
+def run_litserve(port: int, batch: int) -> None:
+    import litserve
+
+    class Peer(litserve.LitAPI):
+        def setup(self, device: str) -> None:
+            self._pipeline = Pipeline()
+
+        def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
+            return request
+
+        def batch(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return inputs
+
+        def predict(self, asked: list[dict[str, Any]]) -> list[bytes]:
+            return self._pipeline(asked)
+
+        def unbatch(self, output: list[bytes]) -> list[bytes]:
+            return output
+
+        def encode_response(self, output: bytes) -> dict[str, str]:
+            return {"png": base64.b64encode(output).decode()}
+
+    server = litserve.LitServer(Peer(max_batch_size=batch, batch_timeout=WAIT_S), accelerator="cpu", timeout=False)
+    server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
+
+
+def main() -> None:
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    # SIGTERM ends what was started, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    kind, port, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    {"ray": run_ray, "litserve": run_litserve}[kind](port, batch)
+
+
+if __name__ == "__main__":
+    main()
