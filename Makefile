@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PIP := .venv/bin/pip --disable-pip-version-check -q
 INSTALL := $(PIP) install -c constraints.txt
 
-.PHONY: setup demo serve test test-all lint bench docs
+.PHONY: setup demo serve test test-all lint bench docs image
 
 setup: .venv/.installed
 
@@ -35,3 +35,8 @@ bench: setup
 
 docs: setup
 	.venv/bin/python docs/recipe_schema.py && .venv/bin/python docs/training_memory.py
+
+# For clusters; RAY_IMAGE, PIP_EXTRA_INDEX_URL and IMAGE may be set, too: docs/kubernetes.md.
+image:
+	@test -n "$(RAY_DIGEST)" || { echo "make image RAY_DIGEST=sha256:... (docs/kubernetes.md says how to find it)"; exit 2; }
+	docker build $(foreach arg,RAY_IMAGE RAY_DIGEST PIP_EXTRA_INDEX_URL,$(if $($(arg)),--build-arg $(arg)=$($(arg)))) -t $(or $(IMAGE),scanloom:dev) .
