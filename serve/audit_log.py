@@ -1,6 +1,6 @@
 """What was asked of the service, by whom and with what outcome: one line each, kept in the log and in a store.
 
-A line says enough to make the same images again, and holds no image, key or token.
+A line names who, what, when, seed and digests, and holds no image, key or token.
 """
 
 from __future__ import annotations

@@ -50,9 +50,7 @@ def proxied(s3: EmbeddedS3, bucket: str, store_uri: str, monkeypatch: pytest.Mon
         yield proxy, Store(store_uri)
 
 
-def test_a_line_says_what_makes_the_same_images_again_and_nothing_else(
-    store_uri: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_line_says_who_asked_for_what_and_nothing_else(store_uri: str, caplog: pytest.LogCaptureFixture) -> None:
     at = datetime(2026, 3, 4, 23, 30, 1, 234567, timezone(timedelta(hours=-5)))
     log = AuditLog(Store(store_uri))
     with caplog.at_level(logging.INFO, "scanloom.audit"):
