@@ -152,6 +152,17 @@ def test_what_was_not_made_is_given_back() -> None:
     assert refused("images_per_minute", limits.reserve(CALLER, 1)) == pytest.approx(6.0)
 
 
+def test_what_may_yet_be_given_back_does_not_let_the_bucket_overflow() -> None:
+    clock = Clock()
+    limits = quotas(clock, images_per_minute=30)
+    with limits.reserve(CALLER, 30):
+        clock.now += 30
+        # Half of the bucket would be full again, and with what is given back more than all of it.
+        refused("images_per_minute", limits.reserve(CALLER, 15))
+    take(limits, 30)
+    refused("images_per_minute", limits.reserve(CALLER, 1))
+
+
 def test_more_than_was_asked_for_is_not_counted() -> None:
     limits = quotas(Clock(), images_per_minute=10)
     take(limits, 5, made=500)
