@@ -466,7 +466,7 @@ def test_algorithms_of_shared_secrets_cannot_be_set(jwks_file: Path, algorithm: 
     "key",
     [
         {"kty": "oct", "k": base64.urlsafe_b64encode(b"s" * 32).decode(), "kid": "r1"},
-        RSAAlgorithm.to_jwk(RSA_KEY, as_dict=True) | {"kid": "r1"},
+        RSAAlgorithm.to_jwk(RSA_KEY, as_dict=True) | {"kid": "r1", "key_ops": ["verify"]},
         public(RSA_KEY, "r1", use="enc"),
         public(RSA_KEY, "r1", key_ops=["encrypt"]),
         public(RSA_KEY, "r1", alg="RS512"),
