@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from scanloom.audit.copies import (
+    CORRELATION,
+    DISTANCE,
     PEERS,
     Embeddings,
     Found,
@@ -71,6 +74,27 @@ def test_no_more_patients_than_promised_lie_above_a_threshold() -> None:
         above.append((most > threshold.tau).mean())
         assert threshold.promised <= 0.05
     assert np.mean(above) == pytest.approx(3 / 76, abs=0.006)
+
+
+def test_with_few_patients_a_bound_keeps_what_a_rank_only_promises_on_average() -> None:
+    asked, by_rank, bounded = 0.01, [], []
+    for _ in range(400):
+        cosine = np.tanh(0.8 + 0.3 * RANDOM.standard_normal(100))
+        names = [str(n) for n in range(100)]
+        for kept, scale in ((by_rank, None), (bounded, CORRELATION)):
+            threshold = calibrate(cosine, names, asked, scale)
+            kept.append(float(norm.sf((np.arctanh(threshold.tau) - 0.8) / 0.3)) <= asked)
+    assert np.mean(by_rank) < 0.75
+    assert np.mean(bounded) > 0.93
+
+
+def test_a_distance_has_its_scale() -> None:
+    distance = -np.exp(0.2 * RANDOM.standard_normal(60))
+    threshold = calibrate(distance, [str(n) for n in range(60)], 0.01, DISTANCE)
+    assert threshold.extrapolated
+    assert distance.max() < threshold.tau < 0.0
+    for scale, value in ((CORRELATION, 0.7), (DISTANCE, -0.7)):
+        assert scale.back(float(scale.normal(np.array([value]))[0])) == pytest.approx(value)
 
 
 def test_a_threshold_from_training_scans_would_miss_copies() -> None:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta
+from scipy.stats import beta, nct, norm
 
 from scanloom.audit.intervals import Estimate, clustered_share, share
 from scanloom.audit.plants import Plant
@@ -30,6 +30,7 @@ Squares = NDArray[np.float32]
 _BLOCK_VALUES = 2**22
 _CARLINI_NEAREST, _CARLINI_ALPHA = 50, 0.5
 PLANTED_SCANS = 512
+_LEAST_FOR_BOUND = 10
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,26 @@ class Found:
     row_N: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How likeness becomes about normally distributed over patients, and back."""
+
+    normal: Callable[[Floats], Floats]
+    back: Callable[[float], float]
+
+
+_LEAST = 1e-9
+CORRELATION = Scale(lambda r: np.arctanh(np.clip(r, _LEAST - 1.0, 1.0 - _LEAST)), math.tanh)
+"""Fisher's z of a cosine or correlation."""
+DISTANCE = Scale(lambda d: -np.log(np.maximum(-d, _LEAST)), lambda z: -math.exp(-z))
+"""Minus the logarithm of what is, with a minus, a distance."""
+
+
 class Detector(Protocol):
     """Looks an image up among the training scans that it was made with."""
+
+    @property
+    def scale(self) -> Scale: ...
 
     def __call__(self, images_NSS: Squares, /) -> Found: ...
 
@@ -51,6 +70,8 @@ class Detector(Protocol):
 
 class Embeddings:
     """Likeness is the cosine of embeddings; every training scan is in the index as it is and mirrored."""
+
+    scale = CORRELATION
 
     def __init__(self, embed: Callable[[Squares], NDArray[np.float32]], train_RSS: Squares) -> None:
         self._embed = embed
@@ -91,6 +112,8 @@ class Embeddings:
 class PixelDistance:
     """Likeness is minus the root mean square difference of pixels."""
 
+    scale = DISTANCE
+
     def __init__(self, train_RSS: Squares) -> None:
         self._train = _Flat(train_RSS)
 
@@ -101,6 +124,8 @@ class PixelDistance:
 
 class Pearson:
     """Likeness is the correlation of pixels."""
+
+    scale = CORRELATION
 
     def __init__(self, train_RSS: Squares) -> None:
         self._train = _Flat(_standard(train_RSS))
@@ -119,6 +144,8 @@ class CarliniRatio:
 
     Carlini et al. 2023, "Extracting Training Data from Diffusion Models", section 5.1 (alpha 0.5, n 50).
     """
+
+    scale = DISTANCE
 
     def __init__(self, train_RSS: Squares) -> None:
         self._train = _Flat(train_RSS)
@@ -191,14 +218,23 @@ class Threshold:
     """Upper end of the one-sided 95 % interval of that share, over which patients happened to be held out."""
     patients: int
     scans: int
+    extrapolated: bool = False
+    """Whether it lies above all that a rank among so many patients would give."""
 
 
-def calibrate(likeness_N: Floats, patients: Sequence[str], asked: float = 0.01) -> Threshold:
+def calibrate(
+    likeness_N: Floats, patients: Sequence[str], asked: float = 0.01, scale: Scale | None = None
+) -> Threshold:
     """The split-conformal threshold of held-out patients (Vovk et al. 2005; Angelopoulos & Bates 2023, section 1).
 
     Of n patients, each by the scan most alike to a training scan, it is the k-th highest, k = floor(asked (n + 1)) and
     at least 1: a patient like them lies above it with a chance of at most k / (n + 1). Given these patients that chance
     has the distribution Beta(k, n + 1 - k) (Vovk 2012), whose 95 % point is `at_most`.
+
+    That point lies far above what is asked for unless there are several hundred patients. With a `scale` the threshold
+    is raised where needed to the one-sided tolerance bound of a normal distribution (Lieberman 1958): with 95 %
+    confidence no more than `asked` of all patients lie above it, as far as likeness is normal on that scale. It is
+    never lowered, so that what ranks promise holds in any case.
 
     ValueError where there is no patient.
     """
@@ -209,10 +245,18 @@ def calibrate(likeness_N: Floats, patients: Sequence[str], asked: float = 0.01) 
     np.maximum.at(most, patient, likeness_N)
     count = len(most)
     k = max(1, math.floor(asked * (count + 1) + 1e-9))
+    by_rank, at_most = float(np.sort(most)[-k]), float(beta.ppf(0.95, k, count + 1 - k))
+    bound = -math.inf if scale is None or at_most <= asked or count < _LEAST_FOR_BOUND else _bound(most, asked, scale)
     return Threshold(
-        tau=float(np.sort(most)[-k]), asked=asked, promised=k / (count + 1),
-        at_most=float(beta.ppf(0.95, k, count + 1 - k)), patients=count, scans=len(likeness_N),
+        tau=max(by_rank, bound), asked=asked, promised=k / (count + 1), at_most=at_most, patients=count,
+        scans=len(likeness_N), extrapolated=bound > by_rank,
     )  # fmt: skip
+
+
+def _bound(most_P: Floats, asked: float, scale: Scale) -> float:
+    values, count = scale.normal(most_P), len(most_P)
+    factor = nct.ppf(0.95, count - 1, norm.ppf(1.0 - asked) * math.sqrt(count)) / math.sqrt(count)
+    return scale.back(float(values.mean() + factor * values.std(ddof=1)))
 
 
 # --- power and rates ------------------------------------------------------------------------------------------

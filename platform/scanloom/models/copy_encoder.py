@@ -31,13 +31,20 @@ class CopyEncoder(nn.Module):
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
         self.width = width
+        self.smooth: Tensor
+        self.register_buffer(
+            "smooth", torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]).reshape(1, 1, 1, 5) / 16.0, persistent=False
+        )
         layers: list[nn.Module] = []
         for level, (before, after) in enumerate(zip((1, *channels), channels, strict=False)):
             groups = math.gcd(_GROUPS, after)
-            layers += [
-                nn.Conv2d(before, after, 3 if level else 5, stride=2, padding=1 if level else 2),
-                nn.GroupNorm(groups, after), nn.SiLU(),
-            ]  # fmt: skip
+            # Averaged before it is thinned out: what a stride alone keeps would change with every shift by a pixel.
+            first = (
+                [nn.AvgPool2d(2), nn.Conv2d(before, after, 3, padding=1)]
+                if level
+                else [nn.Conv2d(before, after, 5, stride=2, padding=2)]
+            )
+            layers += [*first, nn.GroupNorm(groups, after), nn.SiLU()]
             if level:
                 layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(groups, after), nn.SiLU()]
         self.features = nn.Sequential(*layers)
@@ -50,6 +57,9 @@ class CopyEncoder(nn.Module):
         """Unit vectors float32 [B, width] of squares of any scale and offset."""
         seen = images_B1SS - images_B1SS.mean((1, 2, 3), keepdim=True)
         seen = seen / seen.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6)
+        # Detail finer than the first stride would change with every shift by a pixel.
+        padded = functional.pad(seen, (2, 2, 2, 2), mode="replicate")
+        seen = functional.conv2d(functional.conv2d(padded, self.smooth), self.smooth.mT)
         return functional.normalize(self.head(self.features(seen)), dim=1)
 
 
