@@ -25,6 +25,7 @@ from serve.dispatcher import Dispatcher
 from serve.engines import RETRY_AFTER_S, Engines
 from serve.gateway import Parts, gateway
 from serve.ledger import Ledger
+from serve.logs import log_to_stderr
 from serve.metrics import Metrics
 from serve.quotas import Quotas
 from serve.replica import Replica
@@ -59,6 +60,7 @@ class Gateway:
         self, service: Service, engines: DeploymentHandle[Any], dispatcher: DeploymentHandle[Any] | None
     ) -> None:
         """The dispatcher is only named, so that Serve runs it: the two meet in the store."""
+        log_to_stderr()
         self._readiness = _Readiness(service.replicas.least, engines.deployment_id)
         self._parts = Parts(
             service=service,

@@ -86,8 +86,8 @@ def serve_here(options: argparse.Namespace) -> None:
         offers = _require_generators(plan.service)
         _require_free(*plan.address)
         print(f"starting Ray and {_names(plan.service)}: half a minute or more", flush=True)  # noqa: T201
-        stack.enter_context(_running(plan))
-        _tell(plan, offers[0])
+        logs = stack.enter_context(_running(plan))
+        _tell(plan, offers[0], logs)
         with suppress(KeyboardInterrupt):
             signal.pause()
         print("finishing what is being answered; Ctrl-C again to leave it", flush=True)  # noqa: T201
@@ -178,8 +178,9 @@ def _own_key(env_file: Path) -> tuple[str, Access]:
 
 def _name(uri: str) -> str:
     """What a generator calls itself, as far as it is a name."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", open_artefact(uri, "generator").manifest.name).strip("-._")[:64]
-    return name or "generator"
+    with _saying_what_to_run():
+        own = open_artefact(uri, "generator").manifest.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", own).strip("-._")[:64] or "generator"
 
 
 def _former_key(file: Path) -> str | None:
@@ -194,8 +195,14 @@ def _require_generators(service: Service) -> list[Offer]:
     """What is served. Raises ArtefactError or StoreError, before Ray starts, where a generator cannot be read."""
     from serve.catalogue import read_catalogue
 
-    try:
+    with _saying_what_to_run():
         return list(read_catalogue(service).values())
+
+
+@contextmanager
+def _saying_what_to_run() -> Iterator[None]:
+    try:
+        yield
     except ArtefactError as error:
         raise ArtefactError(f"{error}; make it with `scanloom finetune`, or `make demo`") from error
 
@@ -223,8 +230,11 @@ def _names(service: Service) -> str:
 
 
 @contextmanager
-def _running(plan: Plan) -> Iterator[None]:
-    """Ray and the service, ready; at the end what is being answered is finished, up to `replicas.drain_s`."""
+def _running(plan: Plan) -> Iterator[str]:
+    """Ray and the service, ready, and the folder of their logs.
+
+    At the end what is being answered is finished, up to `replicas.drain_s`.
+    """
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
@@ -249,7 +259,7 @@ def _running(plan: Plan) -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _deploy(plan, f"http://{cluster.webui_url}")
-        yield
+        yield f"{cluster.head_node.get_session_dir_path()}/logs"
         serve.delete(plan.application)
     finally:
         with suppress(KeyboardInterrupt):
@@ -314,7 +324,7 @@ def _processors(service: Service) -> int:
     return max(os.cpu_count() or 1, engines + service.gateways + datasets)
 
 
-def _tell(plan: Plan, offer: Offer) -> None:
+def _tell(plan: Plan, offer: Offer, logs: str) -> None:
     """Leave the file for a shell, and say what to do next."""
     lines = [f"export SCANLOOM_URL={shlex.quote(plan.url)}"]
     lines += [f"export SCANLOOM_API_KEY={plan.key}"] if plan.key else []
@@ -329,7 +339,7 @@ def _tell(plan: Plan, offer: Offer) -> None:
         f"source {shlex.quote(str(plan.env_file))}",
         f'curl -sSf "$SCANLOOM_URL/v1/images" {authorization}-H "Content-Type: application/json" '
         f'-H "Accept: image/png" -d {body} -o image.png',
-        f"all routes: {plan.url}/openapi.json",
+        f"all routes: {plan.url}/openapi.json; logs: {logs}",
     ]
     print(*told, sep="\n  ", flush=True)  # noqa: T201
 

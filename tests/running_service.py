@@ -104,6 +104,11 @@ class RunningService:
         """What it said on standard error."""
         return (self.folder / "errors.log").read_text(errors="replace")
 
+    def logs(self) -> str:
+        """What its processes said on standard error."""
+        folder = Path(self.told[-1].rpartition("logs: ")[2])
+        return "".join(file.read_text(errors="replace") for file in sorted(folder.glob("worker-*.err")))
+
     def workers(self, part: str) -> list[int]:
         """Process ids of a part."""
         return named(self.process.pid, WORKERS[part])

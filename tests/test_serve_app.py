@@ -219,5 +219,14 @@ def test_the_documents_examples_are_those_of_the_generator(client: httpx.Client)
     assert '"sex": "F"' in json.dumps(document)
 
 
-def test_nothing_went_wrong_in_the_log(service: RunningService) -> None:
+def test_every_request_is_a_line_of_the_access_log_and_nothing_went_wrong(
+    service: RunningService, client: httpx.Client
+) -> None:
+    request = "a-request-of-this-test"
+    answer = client.post("/v1/images", json=ASKED, headers={"X-Request-ID": request})
+    assert answer.headers.get_list("X-Request-ID") == [request]
+    assert answer.json()["request"] == request
+    wait_until(lambda: request in service.logs(), 10, "the request's line")
+    lines = [json.loads(line) for line in service.logs().splitlines() if line.startswith("{") and request in line]
+    assert any(line.get("route") == "/v1/images" and line.get("status") == 200 for line in lines), lines
     assert "Traceback" not in service.errors()

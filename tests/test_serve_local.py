@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,20 @@ def options(place: str, folder: Path, **given: Any) -> argparse.Namespace:
     return argparse.Namespace(**(empty | {"place": place} | given))
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "serve.local", *arguments], cwd=ROOT,
-        env=plain_environment(**environment), capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one line with which the command refuses its arguments, before anything is started."""
+    # Put back at the end, whatever the command makes of them.
+    for name in ("PYTHONPATH", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
 
+    def refuse(*arguments: str) -> str:
+        assert local.main(arguments) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1, told
+        return told
 
-def require_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+    return refuse
 
 
 def test_without_ray_in_the_process_its_variables_can_still_be_settled() -> None:
@@ -50,27 +55,31 @@ def test_without_ray_in_the_process_its_variables_can_still_be_settled() -> None
     assert done.stdout == "False False\n"
 
 
-def test_a_folder_without_a_demo_says_what_to_run(tmp_path: Path) -> None:
-    require_one_line(command("--demo", str(tmp_path)), str(tmp_path), "make demo")
+def test_a_folder_without_a_demo_says_what_to_run(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert f"{tmp_path}: no demo was run there; run `make demo` first" in refused("--demo", str(tmp_path))
 
 
-def test_a_place_without_a_generator_says_what_to_run(tmp_path: Path) -> None:
-    require_one_line(command(str(tmp_path / "none")), "none", "manifest")
+def test_a_place_without_a_generator_says_what_to_run(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "make demo" in refused(str(tmp_path / "none"), "--name", "none")
 
 
-def test_a_cluster_of_somebody_else_is_not_joined(generator: str) -> None:
-    require_one_line(command(generator, RAY_ADDRESS="10.0.0.1:6379"), "RAY_ADDRESS", "serve deploy")
+def test_a_cluster_of_somebody_else_is_not_joined(
+    refused: Callable[..., str], generator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "serve deploy" in refused(generator)
 
 
-def test_a_typo_in_a_config_file_is_one_line(generator: str, tmp_path: Path) -> None:
+def test_a_typo_in_a_config_file_is_one_line(refused: Callable[..., str], generator: str, tmp_path: Path) -> None:
     tree = config({"generators": [{"name": "tiny", "uri": generator}], "limits": {"image": 3}})
-    require_one_line(command(written(tmp_path, tree)), "unknown key 'image'", "did you mean 'images'")
+    assert "limits: unknown key 'image'; did you mean 'images'?" in refused(written(tmp_path, tree))
 
 
-def test_a_port_that_is_taken_is_one_line(generator: str, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_one_line(refused: Callable[..., str], generator: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        require_one_line(command(generator, "--port", port, "--env", str(tmp_path / "env")), port, "choose another")
+        told = refused(generator, "--port", port, "--env", str(tmp_path / "env"))
+    assert f"--port {port}: Address already in use; choose another" in told
 
 
 def test_everybody_may_ask_on_loopback_only(generator: str, tmp_path: Path) -> None:
@@ -95,7 +104,7 @@ def test_a_generator_alone_gets_a_key_that_stays_and_is_known_by_its_hash_only(g
     assert plan.service.generators[0].name == "tiny"
     [offer] = local._require_generators(plan.service)
     plan.env_file.write_text("too open before", encoding="utf-8")
-    local._tell(plan, offer)
+    local._tell(plan, offer, "/logs")
     assert plan.env_file.stat().st_mode & 0o777 == 0o600
     again = local._plan(options(generator, tmp_path))
     assert again.key == plan.key
