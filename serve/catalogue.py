@@ -24,6 +24,9 @@ LARGEST_SIDES = 2
 """Of images, in sides of those that a generator was trained on. What is larger has nothing to do with its training,
 and attention between all of its places would take an engine's memory."""
 _FALLBACK_SPACING_MM = 1.0
+# Each fault costs a search for what was meant, while other requests wait.
+_MOST_FAULTS = 8
+_LONGEST_LIST = 1024
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,12 @@ class Offer:
         """
         wrong, outside = [], []
         for name, value in asked.items():
+            if len(wrong) + len(outside) == _MOST_FAULTS:
+                break
+            if isinstance(value, (list, dict)) and len(value) > _LONGEST_LIST:
+                raise invalid(
+                    f"attributes.{name}", f"{len(value)} values; no attribute takes more than {_LONGEST_LIST}"
+                )
             try:
                 self.card.envelope.require(self.card.attributes.check({name: value}))
             except RecipeError as error:

@@ -216,6 +216,19 @@ def test_all_wrong_attributes_are_told_at_once_with_what_was_trained_on(ask: Ask
     assert told.envelope == ENVELOPE.model_dump(mode="json")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{f"sex{number:06d}": "F" for number in range(45_000)}, {"findings": [f"Nodule{n:06d}" for n in range(45_000)]}],
+    ids=["names", "labels"],
+)
+def test_a_body_full_of_faults_costs_no_more_than_the_few_that_are_told(ask: Asked, wrong: dict[str, Any]) -> None:
+    started = time.process_time()
+    told = problem(ask("POST", "/v1/images", json={"attributes": wrong}), 422, "invalid")
+    assert 1 <= len(told.errors) <= 8
+    # Searched for what each may have meant, it takes many seconds.
+    assert time.process_time() - started < 1.5
+
+
 def test_what_was_not_trained_on_is_told_with_the_envelope(ask: Asked) -> None:
     told = problem(ask("POST", "/v1/images", json={"attributes": {"age": 20.5}}), 422, "outside-envelope")
     assert told.errors[0].field == "attributes.age"
