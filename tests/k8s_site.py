@@ -169,8 +169,9 @@ def cluster_spec(thing: Object) -> Object:
     return spec
 
 
-def site(name: str, versions: Sequence[str]) -> Site:
-    """An overlay with its jobs."""
+@cache
+def site(name: str, versions: tuple[str, ...]) -> Site:
+    """An overlay with its jobs; not to be changed."""
     folder = OVERLAYS / name
     made = {"scanloom-tls", "scanloom-redis"} | ({"scanloom-api-keys"} if name == "dev-cpu" else set())
     return Site(name, [*objects(folder), *objects(folder / "jobs")], versions, frozenset(made))

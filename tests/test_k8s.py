@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ def versions(overlay: str) -> list[str]:
 
 
 def whole(overlay: str) -> Site:
-    return site(overlay, versions(overlay))
+    return site(overlay, tuple(versions(overlay)))
 
 
 def test_every_overlay_is_named_here() -> None:
@@ -49,7 +51,7 @@ def test_an_overlay_holds_to(overlay: str, check: object) -> None:
 @pytest.mark.skipif(not kuberay_versions(), reason=f"no definitions of KubeRay's kinds in {DEFINITIONS}")
 def test_what_is_for_1_7_alone_is_refused_by_1_6() -> None:
     """Otherwise the component would be none."""
-    assert any("'priority' was unexpected" in fault for fault in k8s_rules.schemas(site("staging", ["1.6.2"])))
+    assert any("'priority' was unexpected" in fault for fault in k8s_rules.schemas(site("staging", ("1.6.2",))))
 
 
 @pytest.mark.parametrize(
@@ -161,3 +163,11 @@ def test_a_refused_drain_does_not_keep_the_pod(tmp_path: Path) -> None:
 def test_without_ray_nothing_is_drained(tmp_path: Path) -> None:
     """`ray drain-node` without a node's id would start a cluster and drain that."""
     assert drain(tmp_path, raylet=False) == ("drain: no Ray runs here\n", "")
+
+
+def test_yaml_is_written_one_way() -> None:
+    if importlib.util.find_spec("yamllint") is None:
+        pytest.skip("no yamllint: pip install yamllint")
+    command = [sys.executable, "-m", "yamllint", "-s", "-c", str(K8S / ".yamllint"), str(K8S)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "")

@@ -1,4 +1,4 @@
-"""No engine builds the image here, so that all it is made from is looked at: lint, paths, versions, what is left out."""
+"""No engine builds the image here, so all it is made from is looked at: lint, paths, versions, what is kept out."""
 
 from __future__ import annotations
 
