@@ -447,6 +447,19 @@ def test_the_least_recently_used_idle_generator_makes_room(opened: Callable[...,
     assert {name: status.images for name, status in told.items()} == {"a": 3, "b": 2, "c": 1}
 
 
+def test_a_generator_that_is_refused_because_it_must_be_loaded_first_is_loaded_all_the_same(
+    opened: Callable[..., Desk],
+) -> None:
+    desk = opened(lambda name: bench_of(GatedGenerator(name)), loaded=1)
+    for name in "ab":
+        result(desk.take(order(name)))
+    desk._book._absent["a"] = 1e6
+    with pytest.raises(DeadlineError):
+        desk.take(order("a"))
+    desk.open("a").result(PATIENCE_S)
+    result(desk.take(order("a")))
+
+
 def test_a_generator_that_is_at_work_makes_no_room(opened: Callable[..., Desk]) -> None:
     generators = {name: GatedGenerator(name) for name in "ab"}
     desk = opened(lambda name: bench_of(generators[name]), loaded=1)

@@ -13,15 +13,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 BULK_TURN = 8
 """Of so many slots granted while bulk images wait, one is theirs."""
 _NEWEST = 0.1
 """Weight of the newest measurement: about the last twenty count."""
-_NEWEST_DRAW = 0.02
-_LEAST_PASSING = 0.02
+MOST_SLOWER = 4.0
 
 
 @dataclass(frozen=True)
@@ -46,28 +45,27 @@ class Pace:
     """A step takes this for each call of the denoiser, of which it needs one for every `rows` slots in use."""
     image_s: float
     """What an image takes beside its steps: decoding, rounding, quality checks."""
-    draws: float = 1.0
-    """Draws to an image that passes the checks."""
 
     def measured(self, seconds: float, calls: int, images: int) -> Pace:
         """After a step with so many calls that finished so many images.
 
         Normalised least mean squares (Widrow and Hoff 1960): what the step took beyond what was foreseen is put down to
-        calls and images as there are calls and images in it.
+        calls and images as there are calls and images in it. One step that took very long, because the host stood
+        still, must not count for more than one that took MOST_SLOWER times as long as foreseen.
         """
-        beyond = seconds - calls * self.call_s - images * self.image_s
+        foreseen = calls * self.call_s + images * self.image_s
+        beyond = min(seconds, MOST_SLOWER * foreseen) - foreseen
         share = _NEWEST * beyond / (calls**2 + images**2)
         call_s = max(self.call_s + share * calls, self.call_s / 2)
-        return replace(self, call_s=call_s, image_s=max(self.image_s + share * images, 0.0))
+        return Pace(call_s, max(self.image_s + share * images, 0.0))
 
-    def judged(self, *, passed: bool) -> Pace:
-        """After a look at a draw."""
-        share = 1.0 / self.draws
-        return replace(self, draws=1.0 / max(share + _NEWEST_DRAW * (passed - share), _LEAST_PASSING))
+    def best(self, other: Pace) -> Pace:
+        """The faster of two in each respect."""
+        return Pace(min(self.call_s, other.call_s), min(self.image_s, other.image_s))
 
     def scaled(self, factor: float) -> Pace:
         """For images with `factor` times as many pixels: a guess, until some are made."""
-        return replace(self, call_s=self.call_s * factor, image_s=self.image_s * factor)
+        return Pace(self.call_s * factor, self.image_s * factor)
 
     def alone_s(self, steps: int) -> float:
         """Of one image by itself, drawn once."""
@@ -158,6 +156,8 @@ class Lane:
     line: Line
     ready: float = 0.0
     """When the generator is loaded, in seconds since 1970."""
+    draws: Mapping[int, float] = field(default_factory=dict)
+    """Draws to an image that passes the checks, by order; 1 where there is nothing."""
 
 
 def forecast(lanes: Sequence[Lane], now: float) -> dict[int, float]:
@@ -195,11 +195,10 @@ class _Played:
     """A lane as a forecast plays it."""
 
     def __init__(self, lane: Lane, ready: float) -> None:
-        again = (lane.pace.draws - 1.0, lane.pace.draws)
         self.generator, self.pace, self.ready = lane.generator, lane.pace, ready
         self.line = lane.line.copy()
-        self.going = [Going(each.draw, each.left + again[0] * each.draw.steps) for each in lane.going]
-        self._draws, self._rows = again[1], lane.rows
+        self._draws, self._rows = lane.draws, lane.rows
+        self.going = [Going(g.draw, g.left + (self._draws_of(g.draw) - 1.0) * g.draw.steps) for g in lane.going]
         self._free = lane.slots - sum(each.draw.slots for each in lane.going)
         self._bulk = sum(each.draw.slots for each in lane.going if each.draw.bulk)
         self._slots = lane.slots
@@ -214,7 +213,7 @@ class _Played:
 
     def admit(self, clock: float) -> None:
         while clock >= self.ready and (draw := self.line.next(self._free, self._bulk)) is not None:
-            self.going.append(Going(draw, draw.steps * self._draws))
+            self.going.append(Going(draw, draw.steps * self._draws_of(draw)))
             self._hold(draw, 1)
 
     def advance(self, steps: float) -> list[Draw]:
@@ -227,6 +226,9 @@ class _Played:
                 self._hold(each.draw, -1)
         self.going = [each for each in self.going if each.left > 1e-6]
         return ended
+
+    def _draws_of(self, draw: Draw) -> float:
+        return self._draws.get(draw.order, 1.0)
 
     def _hold(self, draw: Draw, sign: int) -> None:
         self._free -= sign * draw.slots

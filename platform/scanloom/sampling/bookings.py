@@ -3,6 +3,9 @@
 An order is accepted if the forecast says that it will be made by its deadline, and that no order accepted before will
 miss its own because of it. An interactive order is not refused for the sake of bulk ones: what is promised to those
 holds as long as the interactive demand allows.
+
+Of a batch in which nothing runs or waits the best pace counts that was ever seen, not the last one: what is refused is
+not measured, and what was slow for a while would be held for slow for ever.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ MARGIN = 1.1
 KEPT_SIZES = 32
 """Of a generator, whose paces are remembered while nobody asks for them."""
 _UNKNOWN_RETRY_S = 1.0
+_LEAST_OF_GUESS = 0.25
 _LEAST_RETRY_S = 0.1
 
 
@@ -45,16 +49,31 @@ class _Order:
     asked: ImageOrder
     left: int
     """Images that are not made."""
+    refused: int = 0
+    """Draws that were."""
     place: Place | None = None
     """None: its generator was never loaded."""
+
+    @property
+    def draws(self) -> float:
+        """To an image that passes, as far as this order shows."""
+        made = self.asked.count - self.left
+        return (made + self.refused + 1) / (made + 1)
 
 
 @dataclass
 class _Batch:
     line: Line
     pace: Pace
+    best: Pace | None
+    """The fastest that it ever was; None: it was never measured, and its pace is a guess."""
     going: dict[Draw, int] = field(default_factory=dict)
     """Steps that each has still to take."""
+
+    @property
+    def hoped(self) -> Pace:
+        """What it may be: nobody is told for good that he asks for too much because of a guess or of bad times."""
+        return self.best or self.pace.scaled(_LEAST_OF_GUESS)
 
     @property
     def used(self) -> int:
@@ -168,7 +187,8 @@ class Bookings:
             batch.going = {draw: left for draw, left in batch.going.items() if draw.order != number}
 
     def late(self, now: float) -> list[int]:
-        """The numbers of orders that cannot be made in time any more, had they the engine to themselves from now on."""
+        """The numbers of orders that cannot be made in time any more, had they the engine to themselves from now on, at
+        the best pace that was ever seen."""
         return [number for number, order in self._orders.items() if self._is_late(number, order, now)]
 
     # --- images -------------------------------------------------------------------------------------------------
@@ -195,17 +215,17 @@ class Bookings:
         """A step with so many calls took so long, images that it finished and what was done with them included."""
         batch = self._batches[generator, shape]
         batch.pace = batch.pace.measured(seconds, calls, finished)
+        batch.best = batch.best.best(batch.pace) if batch.best is not None else batch.pace
 
     def judged(self, draw: Draw, *, passed: bool) -> bool:
         """A draw was looked at: made, or to be drawn again. Whether the order is complete by it."""
         order = self._orders[draw.order]
         assert order.place is not None
-        batch = self._batches[order.place]
-        batch.pace = batch.pace.judged(passed=passed)
         if passed:
             order.left -= 1
         else:
-            batch.line.put(draw)
+            order.refused += 1
+            self._batches[order.place].line.put(draw)
         return order.left == 0
 
     # --- forecasts ----------------------------------------------------------------------------------------------
@@ -219,7 +239,7 @@ class Bookings:
         batch = self._batches.get(place) or _batch(place[1], capacity)
         empty = Line(capacity.slots)
         empty.put_all(draws)
-        idle = Lane(place[0], capacity.slots, capacity.rows, batch.pace, (), empty)
+        idle = Lane(place[0], capacity.slots, capacity.rows, batch.hoped, (), empty)
         alone = forecast([idle], 0.0)[number] * MARGIN
         if (now if order.asked is None else order.asked) + alone > order.due:
             raise DeadlineTooShort(
@@ -233,10 +253,12 @@ class Bookings:
         if beyond <= 0.0:
             beyond = self._harm(order, with_it, now)
         if beyond > 0.0:
+            # An engine that has done all that it has now would take it.
+            idle_s = max((end for other, end in with_it.items() if other != number), default=now) - now
             raise DeadlineError(
                 f"{order.count} images of {order.steps} steps would be made in {with_it[number] - now:.2g} s, after "
                 f"what was accepted before, and are due in {order.due - now:.2g} s; ask again, or set a later deadline",
-                max(beyond, _LEAST_RETRY_S),
+                max(min(beyond, idle_s), _LEAST_RETRY_S),
             )
 
     def _harm(self, order: ImageOrder, with_it: Mapping[int, float], now: float) -> float:
@@ -262,7 +284,9 @@ class Bookings:
         capacity, absent = self._capacities[place[0]], self._absent.get(place[0])
         ready = self._ready.get(place[0], 0.0) if absent is None else now + absent
         going = [Going(draw, left) for draw, left in batch.going.items()]
-        return Lane(place[0], capacity.slots, capacity.rows, batch.pace, going, batch.line.copy(), ready)
+        pace = batch.hoped if batch.idle else batch.pace
+        draws = {n: order.draws for n, order in self._orders.items() if order.place == place and order.refused}
+        return Lane(place[0], capacity.slots, capacity.rows, pace, going, batch.line.copy(), ready, draws)
 
     def _next_end(self, now: float) -> float:
         ends = self.ends(now).values()
@@ -272,12 +296,12 @@ class Bookings:
         if order.place is None:
             return now > order.asked.due
         batch = self._batches[order.place]
-        if now + batch.pace.alone_s(order.asked.steps) <= order.asked.due:
+        if now + batch.hoped.alone_s(order.asked.steps) <= order.asked.due:
             return False
         if any(draw.order == number for draw in batch.line):
             return True
         left = max((left for draw, left in batch.going.items() if draw.order == number), default=0)
-        return now + left * batch.pace.call_s > order.asked.due
+        return now + left * batch.hoped.call_s > order.asked.due
 
     # --- batches ------------------------------------------------------------------------------------------------
 
@@ -313,7 +337,8 @@ def _draws(order: ImageOrder, number: int) -> list[Draw]:
 
 
 def _batch(shape: Shape, capacity: Capacity) -> _Batch:
-    return _Batch(Line(capacity.slots), capacity.pace.scaled(math.prod(shape) / math.prod(capacity.own)))
+    pace = capacity.pace.scaled(math.prod(shape) / math.prod(capacity.own))
+    return _Batch(Line(capacity.slots), pace, pace if shape == capacity.own else None)
 
 
 def _beyond(end: float, now: float, due: float) -> float:

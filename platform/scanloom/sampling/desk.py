@@ -159,7 +159,14 @@ class Desk:
         """
         with self._changed:
             self._require_open()
-            number = self._book.take(order, self._clock())
+            try:
+                number = self._book.take(order, self._clock())
+            except DeadlineError:
+                # Too late for this order, but whoever asks again is to find it loaded.
+                if order.generator not in self._posts:
+                    self._wanted.setdefault(order.generator, Future())
+                    self._changed.notify_all()
+                raise
             job = self._jobs[number] = _Job(order, Future())
             self._changed.notify_all()
         job.future.add_done_callback(partial(self._withdraw, number))
