@@ -45,7 +45,7 @@ from serve.openapi import (
 )
 from serve.parts import Parts as Parts
 from serve.pictures import JSON
-from serve.problem import Refusal, of_parameters, refusal_of, response
+from serve.problem import Refusal, of_parameters, refusal_of
 
 ENCODERS = 4
 """Threads that encode images, beside the event loop; codecs leave the interpreter to others."""
@@ -177,13 +177,14 @@ def _require_any_scope(request: Request) -> None:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
+    """Nothing: what FastAPI and the router find is raised as a refusal, which Intake tells and counts."""
     if isinstance(error, RequestValidationError):
-        return response(of_parameters(error), request.state.request)
+        raise of_parameters(error) from None
     refusal = refusal_of(error)
     if refusal.kind == "not-allowed":
         allowed = ", ".join(sorted(_methods(request)))
         refusal = Refusal("not-allowed", f"this address takes {allowed}", headers={"Allow": allowed})
-    return response(refusal, request.state.request)
+    raise refusal from None
 
 
 def _methods(request: Request) -> set[str]:
