@@ -31,6 +31,7 @@ CPUS_PER_WRITER = 1
 ENGINE_START_DEATHS = 5
 # Other than an engine's, or Ray Data would count in the engines: one call of an engine would be all shards.
 CPUS_TO_COUNT = 0.01
+MEMORY_TO_COUNT = 256 << 20  # what a bare worker takes; Ray Data warns of stages that ask for none
 
 
 def generate(recipe: Recipe, engine: type[EngineActor] = EngineActor) -> None:
@@ -101,7 +102,9 @@ def program(
     numbers = ray.data.from_items([{"missing": missing}])
     numbers.context.target_max_block_size = 1  # so that at every stage a shard is a block, and moves on by itself
     numbers.context.max_consecutive_actor_init_deaths = ENGINE_START_DEATHS
-    shards = numbers.flat_map(lambda row: [{"shard": n} for n in row["missing"]], num_cpus=CPUS_TO_COUNT)
+    shards = numbers.flat_map(
+        lambda row: [{"shard": n} for n in row["missing"]], num_cpus=CPUS_TO_COUNT, memory=MEMORY_TO_COUNT
+    )
     actor: Any = engine  # Ray's annotation of `map` leaves out the classes that it takes
     return shards.map(
         actor,
