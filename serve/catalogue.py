@@ -80,7 +80,8 @@ class Offer:
         Raises Refusal naming every field at fault and the envelope: `invalid` for what the schema does not have, else
         `outside-envelope`.
         """
-        wrong, outside = [], []
+        wrong: list[FieldProblem] = []
+        outside: list[FieldProblem] = []
         for name, value in asked.items():
             if len(wrong) + len(outside) == _MOST_FAULTS:
                 break

@@ -95,7 +95,7 @@ def refusal_of(error: BaseException) -> Refusal:
     if isinstance(error, StoreError):
         # Its text names places that are nobody's business; the log has it.
         return Refusal("store-unavailable", "the service's store does not answer", retry_after_s=_STORE_RETRY_S)
-    kind = next((kind for known, kind in _KINDS.items() if isinstance(error, known)), None)
+    kind: ProblemKind | None = next((kind for known, kind in _KINDS.items() if isinstance(error, known)), None)
     if kind is None:
         return Refusal("internal", "an error of the service; its log has more, under this request's id")
     headers = {"WWW-Authenticate": "Bearer"} if kind == "unauthenticated" else None

@@ -1,4 +1,4 @@
-"""A whole generation service in this process, but for Ray: every part is the real one."""
+"""A whole generation service in this process, but for Ray: every part is the real one, or what a test puts there."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
+import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
+from scanloom.api import PROBLEM_JSON, Problem
 from scanloom.api_key import entry, new_key
 from scanloom.sampling.image_order import ImageOrder, MadeImages
 from serve.access import Gatekeeper
@@ -25,6 +27,7 @@ from serve.ledger import Ledger
 from serve.metrics import Metrics
 from serve.parts import Parts
 from serve.quotas import Quotas
+from tests.tiny_generator import SIZE
 
 Make = Callable[[ImageOrder], Awaitable[MadeImages]]
 
@@ -54,6 +57,9 @@ def settings(generator_uri: str, datasets: str | None = None, **more: Any) -> Se
     return Service.model_validate(told | more)
 
 
+ORDER = {"images": 8, "cohort": {"kind": "cells", "cells": [{"sex": "F", "share": 1}]}, "steps": 2}
+"""Body of an order for a dataset."""
+
 ANY_QUALITY = {"least_contrast": 0.0, "most_white": 1.0, "most_black": 1.0, "attempts": 1}
 """Of a generator that was never trained."""
 
@@ -81,6 +87,22 @@ async def _ready() -> bool:
 def bearer(holder: str) -> dict[str, str]:
     """The header that shows a holder's key."""
     return {"Authorization": f"Bearer {KEYS[holder]}"}
+
+
+async def blank(order: ImageOrder) -> MadeImages:
+    """Images at no cost."""
+    dtype = np.uint8 if order.bits_stored == 8 else np.uint16
+    return MadeImages(np.zeros((order.count, SIZE, SIZE), dtype), [0] * order.count, "0" * 64)
+
+
+def problem(answer: httpx.Response, status: int, kind: str) -> Problem:
+    """The problem of an answer, which must be of this status and kind."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["Content-Type"] == PROBLEM_JSON
+    told = Problem.model_validate_json(answer.content)
+    assert (told.status, told.type) == (status, f"urn:scanloom:problem:{kind}")
+    assert told.instance == answer.headers["X-Request-ID"]
+    return told
 
 
 class Asked:

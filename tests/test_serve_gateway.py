@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from scanloom.api import PROBLEM_JSON, ImagesAnswer, Problem
+from scanloom.api import ImagesAnswer
 from scanloom.artefact import open_artefact
+from scanloom.attributes import Attributes
 from scanloom.errors import (
     ArtefactError,
     BusyError,
@@ -39,8 +39,7 @@ from serve.config import Service
 from serve.engines import UnavailableError
 from serve.gateway import gateway
 from serve.replica import Replica
-from tests.served_datasets import finish
-from tests.served_images import Asked, bearer, listening, parts_of, settings
+from tests.served_images import Asked, bearer, blank, listening, parts_of, problem, settings
 from tests.tiny_generator import ENVELOPE, SIZE, publish_generator
 
 WANTED = {"sex": "F", "age": 50, "view": "PA", "findings": ["Effusion"]}
@@ -85,27 +84,11 @@ def asked_of(service: Service) -> Iterator[Any]:
         asked.close()
 
 
-async def blank(order: ImageOrder) -> MadeImages:
-    """Images at no cost."""
-    dtype = np.uint8 if order.bits_stored == 8 else np.uint16
-    return MadeImages(np.zeros((order.count, SIZE, SIZE), dtype), [0] * order.count, "0" * 64)
-
-
 def raising(error: Exception) -> Any:
     async def make(order: ImageOrder) -> MadeImages:
         raise error
 
     return make
-
-
-def problem(answer: httpx.Response, status: int, kind: str) -> Problem:
-    """The problem of an answer, which must be of this status and kind."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["Content-Type"] == PROBLEM_JSON
-    told = Problem.model_validate_json(answer.content)
-    assert (told.status, told.type) == (status, f"urn:scanloom:problem:{kind}")
-    assert told.instance == answer.headers["X-Request-ID"]
-    return told
 
 
 # --- images ---------------------------------------------------------------------------------------------------
@@ -114,7 +97,7 @@ def problem(answer: httpx.Response, status: int, kind: str) -> Problem:
 def test_the_images_of_a_request_are_those_that_an_engine_makes(ask: Asked, generator: str) -> None:
     answer = ask("POST", "/v1/images", json=QUICK | {"count": 3, "first_index": 5, "steps": 4, "bits_stored": 12})
     told = ImagesAnswer.model_validate_json(answer.content)
-    known = {"sex": "F", "age": 50.0, "view": "PA", "findings": ("Effusion",)}
+    known: Attributes = {"sex": "F", "age": 50.0, "view": "PA", "findings": ("Effusion",)}
     wanted = [ImageRequest(index, 7, known, 4, 2.0) for index in (5, 6, 7)]
     made = {m.request.index: quantise(m.image, 12) for m in Engine(load_generator(generator), 8).run(wanted)}
     assert [image.index for image in told.images] == [5, 6, 7]
@@ -488,113 +471,3 @@ def test_an_id_that_was_sent_is_kept_and_one_that_could_harm_a_log_is_not(ask: A
         made = ask("GET", "/healthz", headers={"X-Request-ID": bad.encode("latin-1")}).headers["X-Request-ID"]
         assert made != bad
         assert len(made) == 16
-
-
-# --- datasets -------------------------------------------------------------------------------------------------
-
-ORDER = {"images": 8, "cohort": {"kind": "cells", "cells": [{"sex": "F", "share": 1}]}, "steps": 2}
-
-
-def test_a_dataset_is_ordered_found_and_read_from_the_url_of_its_result(ask: Asked, service: Service) -> None:
-    placed = ask("POST", "/v1/datasets", json=ORDER)
-    assert placed.status_code == 202, placed.text
-    job = placed.json()
-    assert (job["state"], job["images"], job["request"]) == ("accepted", 8, placed.headers["X-Request-ID"])
-    assert ask("GET", placed.headers["Location"]).json()["id"] == job["id"]
-    problem(ask("GET", f"/v1/datasets/{job['id']}/result"), 409, "conflict")
-    content = {"images/shard-000000-0a1b2c3d4e5f.parquet": b"PAR1" * 700_000}
-    finish(service, "clinic-a", job["id"], content)
-    result = ask("GET", f"/v1/datasets/{job['id']}/result").json()
-    assert result["rows"] == 10
-    files = {file["path"]: file for file in result["files"]}
-    for path, data in content.items():
-        answer = ask("GET", files[path]["url"])
-        assert answer.content == data
-        assert answer.headers["Content-Type"] == "application/vnd.apache.parquet"
-    problem(ask("GET", f"/v1/datasets/{job['id']}/files/images/other.parquet"), 404, "not-found")
-
-
-def test_the_same_key_orders_once_and_another_body_under_it_is_a_conflict(ask: Asked) -> None:
-    headers = {"Idempotency-Key": "order-1"}
-    first, again = (ask("POST", "/v1/datasets", json=ORDER, headers=headers) for _ in range(2))
-    assert (first.status_code, again.status_code) == (202, 200)
-    assert first.json()["id"] == again.json()["id"]
-    problem(ask("POST", "/v1/datasets", json=ORDER | {"images": 9}, headers=headers), 409, "conflict")
-    problem(ask("POST", "/v1/datasets", json=ORDER, headers={"Idempotency-Key": "a b"}), 422, "invalid")
-
-
-def test_a_retry_is_answered_by_its_own_job_where_the_quota_is_used_up(
-    asked_of: Any, generator: str, tmp_path: Path
-) -> None:
-    limited = settings(generator, str(tmp_path), everyone={"datasets_at_once": 1})
-    ask = asked_of(blank, service=limited)
-    headers = {"Idempotency-Key": "order-1"}
-    first = ask("POST", "/v1/datasets", json=ORDER, headers=headers)
-    assert first.status_code == 202
-    problem(ask("POST", "/v1/datasets", json=ORDER), 429, "quota")
-    again = ask("POST", "/v1/datasets", json=ORDER, headers=headers)
-    assert (again.status_code, again.json()["id"]) == (200, first.json()["id"])
-
-
-def test_of_orders_at_the_same_time_no_more_are_taken_than_the_quota(
-    asked_of: Any, generator: str, tmp_path: Path
-) -> None:
-    ask = asked_of(blank, service=settings(generator, str(tmp_path), everyone={"datasets_at_once": 3}))
-    placing = [ask.begin("POST", "/v1/datasets", json=ORDER) for _ in range(8)]
-    assert sorted(answer.result(60.0).status_code for answer in placing) == [202] * 3 + [429] * 5
-
-
-@pytest.mark.parametrize(
-    "change, status, kind, words",
-    [
-        ({"images": 0}, 422, "invalid", "images"),
-        ({"cohort": {"kind": "table", "uri": "/etc/passwd.csv"}}, 422, "invalid", "cohort"),
-        ({"cohort": {"kind": "cells", "cells": []}}, 422, "invalid", "cohort.cells"),
-        ({"cohort": {"kind": "cells", "cells": [{"age": [5, 9], "share": 1}]}}, 422, "outside-envelope", "trained"),
-        ({"cohort": {"kind": "cells", "cells": [{"sexx": "F", "share": 1}]}}, 422, "invalid", "sexx"),
-        ({"generator": "none"}, 422, "invalid", "generator"),
-        ({"store": "s3://elsewhere"}, 422, "invalid", "store"),
-    ],
-)
-def test_a_dataset_that_cannot_be_made_is_refused_when_it_is_ordered(
-    ask: Asked, change: dict[str, Any], status: int, kind: str, words: str
-) -> None:
-    told = problem(ask("POST", "/v1/datasets", json=ORDER | change), status, kind)
-    assert words in told.detail
-    if kind == "outside-envelope":
-        assert told.envelope == ENVELOPE.model_dump(mode="json")
-    if words == "cohort.cells":
-        assert [fault.field for fault in told.errors] == ["cohort.cells"]
-
-
-def test_datasets_are_listed_by_pages_and_cancelled(asked_of: Any, generator: str, tmp_path: Path) -> None:
-    ask = asked_of(blank, service=settings(generator, str(tmp_path)))
-    ids = [ask("POST", "/v1/datasets", json=ORDER).json()["id"] for _ in range(3)]
-    page = ask("GET", "/v1/datasets?limit=2").json()
-    assert [job["id"] for job in page["datasets"]] == ids[:0:-1]
-    rest = ask("GET", "/v1/datasets", params={"limit": 2, "after": page["next"]}).json()
-    assert [job["id"] for job in rest["datasets"]] == ids[:1]
-    assert rest["next"] is None
-    assert ask("POST", f"/v1/datasets/{ids[0]}/cancel").status_code == 200
-    for bad in ("limit=0", "limit=x", "limit=1001", "after=../..", "after=%00"):
-        problem(ask("GET", f"/v1/datasets?{bad}"), 422, "invalid")
-
-
-def test_a_service_without_datasets_says_so(asked_of: Any, generator: str) -> None:
-    ask = asked_of(blank, service=settings(generator))
-    assert "no orders" in problem(ask("POST", "/v1/datasets", json=ORDER), 404, "not-found").detail
-    assert "no orders" in problem(ask("GET", "/v1/datasets"), 404, "not-found").detail
-
-
-class Down:
-    """A ledger whose store is away."""
-
-    def find(self, tenant: str | None, id: str) -> Any:
-        raise StoreError("s3://secret-bucket/orders: does not answer", retryable=True)
-
-
-def test_a_store_that_is_down_is_told_as_something_that_passes(asked_of: Any) -> None:
-    answer = asked_of(blank, ledger=Down())("GET", "/v1/datasets/0123456789abcdef01234567")
-    problem(answer, 503, "store-unavailable")
-    assert answer.headers["Retry-After"] == "5"
-    assert "secret" not in answer.text

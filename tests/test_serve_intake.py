@@ -19,8 +19,7 @@ from scanloom.sampling.image_order import ImageOrder, MadeImages
 from serve.config import Service
 from serve.gateway import gateway
 from serve.metrics import Metrics
-from tests.served_images import KEYS, Asked, bearer, listening, parts_of, settings
-from tests.test_serve_gateway import blank, problem
+from tests.served_images import KEYS, Asked, bearer, blank, listening, parts_of, problem, settings
 from tests.tiny_generator import publish_generator
 
 LIMIT_BYTES, LIMIT_S = 4096, 0.5

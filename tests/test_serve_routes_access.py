@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,7 @@ from scanloom.api_key import new_key
 from serve.config import Service
 from serve.gateway import gateway
 from tests.served_datasets import finish
-from tests.served_images import KEYS, Asked, bearer, parts_of, settings
-from tests.test_serve_gateway import ORDER, blank, problem
+from tests.served_images import KEYS, ORDER, Asked, bearer, blank, parts_of, problem, settings
 from tests.tiny_generator import publish_generator
 
 ISSUER, AUDIENCE = "https://login.example", "scanloom"
@@ -68,7 +67,7 @@ KEYED = {place: route for place, route in ROUTES.items() if route.scopes}
 OF_A_JOB = {place: route for place, route in ROUTES.items() if route.of_a_job}
 
 
-def by_name(routes: dict[tuple[str, str], Route]) -> Any:
+def by_name(routes: dict[tuple[str, str], Route]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("place", routes, ids=lambda place: " ".join(place))
 
 
@@ -131,7 +130,7 @@ def signed_by_the_public_key() -> str:
     return f"{head}.{good[1]}.{base64.urlsafe_b64encode(signature).rstrip(b'=').decode()}"
 
 
-FORGED = {
+FORGED: dict[str, Callable[[], str | None]] = {
     "no key": lambda: None,
     "an empty header": lambda: "",
     "no scheme": lambda: KEYS["admin"],

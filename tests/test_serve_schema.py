@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import not_a_server_error
 from schemathesis.config import SchemathesisConfig
+from schemathesis.core.result import Ok
 from schemathesis.generation import GenerationMode
 from schemathesis.generation.case import Case
 from schemathesis.specs.openapi.checks import (
@@ -33,13 +34,12 @@ from serve.gateway import gateway
 from serve.openapi import document
 from serve.replica import Replica
 from tests.served_datasets import finish
-from tests.served_images import bearer, listening, parts_of, settings
-from tests.test_serve_gateway import ORDER
+from tests.served_images import ORDER, bearer, listening, parts_of, settings
 from tests.tiny_generator import publish_generator
 
 FEW, MANY = 12, 240
 """Cases of each operation and mode."""
-STEPS = 3
+STEPS, LEAST_S = 3, 20.0
 FILE = "images/shard-000000-0a1b2c3d4e5f.parquet"
 CHECKS: list[Any] = [
     not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
@@ -67,17 +67,18 @@ class Service:
     session: requests.Session = field(default_factory=requests.Session)
     statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
 
-    def send(self, case: Case, known: dict[str, Any], dataset: str | None) -> None:
+    def send(self, case: Case[Any], known: dict[str, Any], dataset: str | None) -> None:
         """Send a case, often with what this generator knows and of what is there, or few would go far."""
-        body = case.body
+        body: Any = case.body
         if known and isinstance(body, dict) and "attributes" in body:
-            case.body = body | {"attributes": known}
+            body = body | {"attributes": known}
         if dataset:
             there = {"id": dataset, "name": "tiny", "path": FILE}
             case.path_parameters.update({name: there[name] for name in case.path_parameters or ()})
         # A deadline of nothing cannot be met, and 503 says so rightly.
-        if isinstance(body, dict) and isinstance(case.body.get("deadline_s"), float) and case.body["deadline_s"] < 20:
-            case.body = case.body | {"deadline_s": 20.0}
+        if isinstance(body, dict) and isinstance(body.get("deadline_s"), float) and body["deadline_s"] < LEAST_S:
+            body = body | {"deadline_s": LEAST_S}
+        case.body = body
         answer = case.call(base_url=self.root, session=self.session, headers=bearer("admin"))
         case.validate_response(answer, checks=CHECKS)
         self.statuses[case.operation.label, answer.status_code] += 1
@@ -86,6 +87,7 @@ class Service:
         """`count` cases of every operation, of what fits the document and as many of what does not."""
         schema = schemathesis.openapi.from_dict(self.document, config=SchemathesisConfig())
         for found in schema.get_all_operations():
+            assert isinstance(found, Ok)
             for mode in MODES:
                 attempt = given(
                     found.ok().as_strategy(generation_mode=mode), KNOWN, st.sampled_from([None, *self.ids])
@@ -115,7 +117,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     app = gateway(parts_of(made, quick))
     with listening(app) as (host, port):
         root = f"http://{host}:{port}"
-        placed = [requests.post(f"{root}/v1/datasets", json=ORDER, headers=bearer("admin")).json() for _ in range(2)]
+        body, headers = json.dumps(ORDER), bearer("admin")
+        placed = [requests.post(f"{root}/v1/datasets", data=body, headers=headers).json() for _ in range(2)]
         finish(made, "operators", placed[0]["id"], {FILE: b"PAR1"})
         yield Service(root, document(app), [job["id"] for job in placed])
     replica.drain(0.0)
