@@ -224,6 +224,50 @@ def export(
 
 
 @app.command()
+def release(
+    dataset: Annotated[str, typer.Argument(help="URI of a dataset.")],
+    policy: Annotated[Path, typer.Option(metavar="FILE", help="YAML file that says what it must have shown.")],
+    key: Annotated[Path, typer.Option(metavar="FILE", help="Ed25519 private key, PEM, to sign with.")],
+    to: Annotated[str, typer.Option(metavar="PLACE", help="An empty folder or s3://bucket/prefix for the bundle.")],
+    audit: Annotated[str | None, typer.Option(help="URI of its audit; default: DATASET-audit.")] = None,
+) -> None:
+    """An audited dataset -> a signed bundle to hand out; refused where the policy's gates are not met."""
+    from scanloom.audit.bundle import KeyFile, fingerprint
+    from scanloom.audit.policy import read_policy
+    from scanloom.audit.release import Request
+    from scanloom.audit.release import release as bundle
+
+    text, signer = _bytes_of(policy, "policy"), KeyFile.read(_bytes_of(key, "key"), str(key))
+    found = open_artefact(dataset, "dataset")
+    wanted = Request(found, audit or f"{found.uri}-audit", read_policy(text, str(policy)), text, Store(to))
+    with console.progress("check", len(found.manifest.files), "files") as advance:
+        made = bundle(wanted, signer, lambda: advance(1))
+    row = (made.uri, made.manifest.statistics["images"], len(made.manifest.files), fingerprint(signer.public_key))
+    console.result_table("release", ("where", "images", "files", "signed by"), [row])
+
+
+@app.command(name="verify")
+def verify_bundle(
+    bundle: Annotated[str, typer.Argument(help="A release bundle: a folder or s3://bucket/prefix.")],
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", metavar="FILE", help="PEM file of who should have signed it.")
+    ] = None,
+) -> None:
+    """Whether every byte of a release is as it was signed; exit 1 where one is not."""
+    from scanloom.audit.bundle import check, read_public_key
+
+    expected = None if public_key is None else read_public_key(_bytes_of(public_key, "public key"), str(public_key))
+    found = check(Store(bundle), expected)
+    if found.problems:
+        rows = [(p.fault, p.path, p.detail) for p in found.problems]
+        console.result_table("problems", ("fault", "where", "what"), rows)
+        raise typer.Exit(1)
+    print(f"{found.files} files are as they were signed by the key {found.signed_by}")  # noqa: T201
+    if found.key == "its own":
+        print("compare that key with its owner's, or give it as --public-key: anybody can sign")  # noqa: T201
+
+
+@app.command()
 def doctor(
     store: Annotated[str | None, typer.Argument(help="A store to try, with writing: s3://bucket/prefix.")] = None,
 ) -> None:
@@ -242,6 +286,13 @@ def _root(show_version: Annotated[bool, typer.Option("--version", help="Print th
     if show_version:
         print(f"scanloom {code_version()}")  # noqa: T201
         raise typer.Exit
+
+
+def _bytes_of(file: Path, what: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{what} {file}: cannot be read ({error.strerror}); check the path") from error
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,157 @@
+"""What an audit found, as report.json holds it: typed, so that a policy can be held against it. torch-free.
+
+A part that is None was not measured. Nothing in it names a training scan or a patient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from scanloom.audit.intervals import Estimate
+from scanloom.errors import ArtefactError
+
+REPORT = "report.json"
+PAGE = "report.html"
+PRIVATE = "private"
+"""Folder of an audit that never leaves with a release: it shows training scans."""
+SCHEMA_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Interval(_Record):
+    """A figure with its 95 % interval; None where it cannot be told."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> Interval:
+        """Without what JSON cannot hold."""
+        told = (estimate.value, estimate.low, estimate.high)
+        return cls(
+            **dict(zip(("value", "low", "high"), (v if abs(v) < float("inf") else None for v in told), strict=True))
+        )
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "not known"
+        ends = " to ".join("?" if end is None else f"{end:.3g}" for end in (self.low, self.high))
+        return f"{self.value:.3g} ({ends})"
+
+
+class Subject(_Record):
+    """What was audited: by digest, so that it cannot be another one."""
+
+    name: str
+    dataset: str
+    corpus: str
+    images: int
+    """In the dataset."""
+    looked_at: int
+
+
+class PlantedRecall(_Record):
+    """How many planted copies of one kind are found."""
+
+    plant: str
+    strength: Literal["slight", "strong"]
+    recall: Interval
+    traced: float
+    """Share that is found and leads to the right patient."""
+    copies: int
+
+
+class Peer(_Record):
+    """Another detector at the same rule of threshold, on the same planted copies and images."""
+
+    name: str
+    lowest_slight_recall: float
+    copy_rate: Interval
+    held_out_rate: Interval
+
+
+class Copies(_Record):
+    """Copies of training scans: the threshold, its proven power, and what lies above it."""
+
+    tau: float
+    asked: float
+    promised: float
+    """Share of further patients of whom a scan may lie above it, by the number of held-out patients."""
+    at_most: float
+    calibration_patients: int
+    calibration_scans: int
+    train_scans: int
+    power: tuple[PlantedRecall, ...]
+    synthetic_rate: Interval
+    synthetic_copies: int
+    copied_scans: int
+    held_out_rate: Interval
+    held_out_scans: int
+    excess: bool
+    """Whether copies are more frequent than among held-out patients, beyond both intervals."""
+    same_patient_found: float | None
+    """Share of training scans whose patient has another one above tau: how far it sees the patient, not the scan."""
+    other_patient_found: float | None
+    """Share of training scans with one of another patient above tau: copies within the corpus, or too low a tau."""
+    peers: tuple[Peer, ...] = ()
+
+    @property
+    def lowest_slight_recall(self) -> float:
+        """Of the slight plants, that which is found least often."""
+        return min((one.recall.value or 0.0 for one in self.power if one.strength == "slight"), default=0.0)
+
+
+class Beside(_Record):
+    """A figure of synthetic images against held-out scans, and of as many training scans against the same."""
+
+    synthetic: Interval
+    baseline: Interval
+    images: int
+
+
+class Reading(_Record):
+    """What a probe reads of images beside what was asked for, of one value, label or number."""
+
+    name: str
+    cell: str
+    """All, or the part of the dataset that it is of."""
+    asked: Interval
+    achieved: Interval
+    held_out_truth: float | None
+    """Of held-out scans: how often it is true; None where nobody knows."""
+    held_out_read: float | None
+    """And how often it is read: where that differs, it is the probe's own error."""
+    images: int
+    small: bool
+    """Too few images for the figure to mean much."""
+
+
+class Report(_Record):
+    """All that an audit found."""
+
+    schema_version: int = SCHEMA_VERSION
+    subject: Subject
+    copies: Copies | None = None
+    fidelity: Mapping[str, Beside] | None = None
+    appearance: Mapping[str, Beside] | None = None
+    fairness: tuple[Reading, ...] | None = None
+    seconds: float
+    """That the measuring took, without training the encoder."""
+
+
+def read_report(data: bytes, where: str) -> Report:
+    """The report in a file. ArtefactError where it is none, or of newer code."""
+    try:
+        report = Report.model_validate_json(data)
+    except ValidationError as error:
+        raise ArtefactError(f"{where}: is no audit report that this code reads; make the audit again") from error
+    if report.schema_version > SCHEMA_VERSION:
+        raise ArtefactError(f"{where}: was made by newer code; upgrade scanloom")
+    return report
