@@ -187,7 +187,8 @@ def test_one_is_not_kept_waiting_for_what_would_come_too_late() -> None:
     ],
 )
 def test_what_no_retry_changes_is_told_at_once_by_what_to_do(status: int, kind: str, error: type[ServiceError]) -> None:
-    for body in (problem(status, kind, errors=[{"field": "age", "message": "m"}], envelope={"a": 1}), b"<html>"):
+    explained = problem(status, kind, errors=[{"field": "age", "message": "m"}], envelope={"a": 1})
+    for body in (explained, b"<html>") if status != 500 else (explained,):
         script = Script([reply(body, status)])
         with pytest.raises(ServiceError) as found:
             script.run(generators.every(script.session()))
@@ -201,6 +202,15 @@ def test_what_no_retry_changes_is_told_at_once_by_what_to_do(status: int, kind: 
             assert found.value.request == "r-9"
             if isinstance(found.value, RequestRefused):
                 assert (found.value.fields[0].field, found.value.envelope) == ("age", {"a": 1})
+
+
+def test_a_500_that_the_service_does_not_explain_is_of_a_worker_that_died_and_tried_again() -> None:
+    script = Script([reply(b"Internal Server Error", 500), reply(GENERATORS)])
+    assert script.run(generators.every(script.session())) == []
+    script = Script([reply(b"Internal Server Error", 500)])
+    with pytest.raises(ServiceDown, match="HTTP 500 without an explanation"):
+        script.run(generators.every(script.session()))
+    assert len(script.sent) == 3
 
 
 @pytest.mark.parametrize("status, kind, error", [(429, "busy", Busy), (503, "deadline", Busy), (503, "x", ServiceDown)])

@@ -141,7 +141,12 @@ def answered(session: Session, asked: Send, parse: Callable[[Reply], T]) -> Flow
             if reply.status < 300:
                 return parse(reply)
             failure, told_s = error_of(reply), wait_of(reply)
-            if reply.status not in AGAIN:
+            if reply.status == 500 and failure.problem is None:
+                # Not the service's word but that of the server before it, whose worker died over the request.
+                damaged += 1
+                if damaged == _MOST_DAMAGED:
+                    raise failure
+            elif reply.status not in AGAIN:
                 raise failure
         except NoAnswer as error:
             failure = ServiceDown(f"{session.url}: {error}; check the URL and that the service runs")
