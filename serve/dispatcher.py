@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 from scanloom.errors import RecipeError, ScanloomError, StoreError
 from scanloom.store import Store
 from serve.config import Service
+from serve.logs import log_to_stderr
 from serve.orders import Attempt, Orders, Ticket
 from serve.ray_jobs import JobState, JobsUnavailable, RayJobs
 
@@ -96,6 +97,7 @@ class Dispatcher:
     async def check_health(self) -> None:
         """Start the loop, if it was not. RuntimeError where it has ended or hangs."""
         if self._loop is None:
+            log_to_stderr()
             self._loop = asyncio.create_task(self.run(), name="dispatcher")
         elif self._loop.done() and not self._closed.is_set():
             cause = None if self._loop.cancelled() else self._loop.exception()

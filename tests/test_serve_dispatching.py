@@ -383,7 +383,10 @@ def test_a_store_that_is_down_is_waited_for(
     assert place.cluster.live == [name(id)]
 
 
-def test_the_loop_runs_until_it_is_closed_and_health_tells_when_it_ended(new_place: Callable[..., Place]) -> None:
+def test_the_loop_runs_until_it_is_closed_and_health_tells_when_it_ended(
+    new_place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.dispatcher.log_to_stderr", lambda: None)  # of a process of its own
     place = new_place(poll_s=0.01)
     id, dispatcher = place.order(), place.dispatcher()
 
