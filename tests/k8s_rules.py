@@ -16,8 +16,6 @@ _DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _DURATION = re.compile(r"(\d+(\.\d+)?(h|m|s))+|[1-9]\d*")
 _LONGEST_NAME = 47
 _METADATA_SERVER = "169.254.169.254/32"
-_PORTS = {"metrics", "as-metrics", "dash-metrics"}
-"""That KubeRay names on the pods of Ray, for Prometheus."""
 _OPTIONAL = {"scanloom-s3", "scanloom-pseudonyms"}
 
 
@@ -419,11 +417,14 @@ def most(cluster: RayCluster, resource: str) -> float:
 
 
 def monitors(site: Site) -> Iterator[str]:
-    """Ports of PodMonitors are those that the operator names."""
-    for monitor in site.of_kind("PodMonitor"):
-        for endpoint in monitor["spec"]["podMetricsEndpoints"]:
-            if endpoint["port"] not in _PORTS:
-                yield f"PodMonitor {monitor['metadata']['name']}: no port {endpoint['port']}; known: {sorted(_PORTS)}"
+    """Heads declare what is scraped and called of them: with ports of their own the operator adds `metrics` alone."""
+    endpoints = [e for monitor in site.of_kind("PodMonitor") for e in monitor["spec"]["podMetricsEndpoints"]]
+    for cluster in site.clusters:
+        declared = {port.get("name") for port in cluster.head.spec["containers"][0].get("ports", ())} | {"metrics"}
+        serves = {"serve"} if cluster.owner["kind"] == "RayService" else set()
+        wanted = {"gcs-server", "dashboard", *serves, *(endpoint["port"] for endpoint in endpoints)}
+        if missing := wanted - declared:
+            yield f"{cluster.head.where}: has no port {', '.join(sorted(missing))}"
 
 
 def routes(site: Site) -> Iterator[str]:

@@ -140,7 +140,7 @@ def recipes(site: Site) -> Iterator[str]:
             yield f"{at}: no recipe at {place}"
             continue
         try:
-            recipe = read_recipe(held["data"]["recipe.yaml"].encode(), "scanloom-recipe", overrides)
+            recipe = _recipe(held["data"]["recipe.yaml"], overrides)
             need = NEEDS[name](recipe)
         except (RecipeError, KeyError) as error:
             yield f"{at}: {error}"
@@ -217,6 +217,11 @@ def parsed(job: str, arguments: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
         except SystemExit as error:
             raise ValueError(f"jobs.{job} refuses {' '.join(arguments)}") from error
     return caught[0]
+
+
+@cache
+def _recipe(text: str, overrides: tuple[str, ...]) -> Recipe:
+    return read_recipe(text.encode(), "scanloom-recipe", overrides)
 
 
 @cache
