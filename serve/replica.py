@@ -56,7 +56,7 @@ class Replica:
     def check_health(self) -> None:
         """Raise where nothing will be made here any more, so that Serve starts another replica."""
         if not self._desk.healthy:
-            raise RuntimeError("the engine's loop ended by an error, which is in this replica's log; it is replaced")
+            raise RuntimeError("the engine hangs, or ended by an error that is in this replica's log; it is replaced")
 
     def drain(self, seconds: float | None = None) -> None:
         """Take no more orders, and finish what there is within so many seconds, by default `replicas.drain_s`."""

@@ -406,6 +406,19 @@ def test_an_unexpected_error_ends_all_orders_and_the_desk_says_that_it_is_ill(op
         desk.open("b")
 
 
+def test_a_step_that_hangs_makes_the_desk_ill_and_one_that_ends_makes_it_well(opened: Callable[..., Desk]) -> None:
+    desk, [generator] = gated(opened, "a", stuck_s=0.01)
+    future = desk.take(order())
+    deadline = time.monotonic() + PATIENCE_S
+    while desk.healthy:
+        assert time.monotonic() < deadline
+    with pytest.raises(BusyError):
+        desk.take(order())
+    generator.let(None)
+    result(future)
+    assert desk.healthy
+
+
 # --- several generators -----------------------------------------------------------------------------------------
 
 
@@ -475,6 +488,30 @@ def test_a_generator_that_is_at_work_makes_no_room(opened: Callable[..., Desk]) 
     result(second)
 
 
+def test_a_generator_that_always_has_work_makes_room_in_the_end(opened: Callable[..., Desk]) -> None:
+    clock = Clock()
+    generators = {name: GatedGenerator(name) for name in "ab"}
+    desk = opened(lambda name: bench_of(generators[name]), loaded=1, clock=clock)
+    desk.open("a").result(PATIENCE_S)
+    generators["a"].shut()
+    running = desk.take(order("a", steps=9, within_s=500))
+    waits = desk.take(order("b", within_s=500))
+    for passed_s in (0.0, 20.0):
+        clock.now += passed_s
+        desk.take(order("a", steps=9, within_s=500))
+        generators["a"].let(1)
+        generators["a"].until_shut()
+    clock.now += 20.0
+    generators["a"].let(1)
+    generators["a"].until_shut()
+    with pytest.raises(BusyError, match="makes room for another"):
+        desk.take(order("a"))
+    generators["a"].let(None)
+    result(running)
+    result(waits)
+    result(desk.take(order("a")))
+
+
 def test_a_generator_that_cannot_be_loaded_fails_its_own_orders(opened: Callable[..., Desk]) -> None:
     def load(name: str) -> Workbench:
         if name == "lost":
@@ -484,9 +521,12 @@ def test_a_generator_that_cannot_be_loaded_fails_its_own_orders(opened: Callable
     desk = opened(load)
     futures = [desk.take(order("lost")) for _ in range(2)]
     result(desk.take(order("a")))
-    for future in [*futures, desk.take(order("lost"))]:
+    for future in futures:
         with pytest.raises(ArtefactError, match="no artefact here"):
             result(future)
+    # Who asks again is told at once, for a while.
+    with pytest.raises(ArtefactError, match="no artefact here"):
+        desk.take(order("lost"))
     with pytest.raises(ArtefactError):
         desk.open("lost").result(PATIENCE_S)
     assert desk.open("a").result(PATIENCE_S) is None

@@ -78,7 +78,7 @@ def test_it_makes_images_for_many_at_once(replica: Replica) -> None:
 
 def test_a_client_that_goes_leaves_its_slots(replica: Replica) -> None:
     async def ask() -> None:
-        task = asyncio.create_task(replica.make(order(count=8, steps=900)))
+        task = asyncio.create_task(replica.make(order(count=8, steps=900, within_s=1e5)))
         while not replica.status().slots_used:
             await asyncio.sleep(0)
         task.cancel()

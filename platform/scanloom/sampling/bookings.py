@@ -206,6 +206,10 @@ class Bookings:
         """Of the denoiser, for the next step."""
         return -(-self._batches[generator, shape].used // self._capacities[generator].rows)
 
+    def foreseen_s(self, generator: str, shape: Shape) -> float:
+        """What the next step takes, without what it may finish."""
+        return self.calls(generator, shape) * self._batches[generator, shape].pace.call_s
+
     def stepped(self, generator: str, shape: Shape) -> None:
         """A batch has taken a step; images that took their last leave their slots."""
         batch = self._batches[generator, shape]

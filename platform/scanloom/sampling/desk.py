@@ -3,13 +3,14 @@
 Every turn of the loop is one step of one generator: images are let in by the rule of `sampling.admission`, the batch
 is advanced, and what is finished is judged; what the judges refuse is drawn again, as in datasets. Generators take
 turns by step, and so do the sizes of a generator; images of two generators never share a batch. A generator that is
-not loaded is loaded by a second thread while the others go on; of those that are idle, the one that was used least
-recently makes room for it. Where there is nothing to do the loop waits on a condition.
+not loaded is loaded by a second thread while the others go on (`sampling.shelf` says which makes room for it). Where
+there is nothing to do the loop waits on a condition.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -30,9 +31,12 @@ from scanloom.sampling.decoding import FinishedImage, NotNumbers
 from scanloom.sampling.desk_status import DeskStatus, GeneratorStatus, Meter
 from scanloom.sampling.image_order import ImageOrder, MadeImages
 from scanloom.sampling.quality import Verdict
+from scanloom.sampling.shelf import Shelf
 from scanloom.sampling.workbench import Workbench
 
 LOG = logging.getLogger("scanloom")
+STUCK_S, MOST_FORESEEN = 300.0, 50.0
+"""A step that takes longer than both, the second in steps as foreseen, is taken for one that hangs."""
 RETRY_S = 1.0
 """After which another engine may have taken the place of one that stopped."""
 _LEAST_RETRY_S = 0.1
@@ -82,6 +86,7 @@ class _Turn:
     draws: Sequence[Draw]
     """Those that start with it."""
     calls: int
+    foreseen_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -108,11 +113,13 @@ class Desk:
         *,
         loaded: int = 2,
         orders: int = 64,
+        stuck_s: float = STUCK_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`load` opens the generator that is served under a name; `loaded` are in memory at once at most, and `orders`
-        are taken at once at most. `clock` gives seconds since 1970."""
-        self._load, self._most_loaded, self._clock = load, loaded, clock
+        are taken at once at most. A step that takes longer than `stuck_s`, and much longer than foreseen, will not
+        end. `clock` gives seconds since 1970."""
+        self._load, self._clock = load, clock
         self._changed = threading.Condition()
         """Guards all below but `_drawn` and the engines, which are the loop's own."""
         self._book = Bookings(orders)
@@ -120,6 +127,7 @@ class Desk:
         self._withdrawn: list[int] = []
         self._posts: OrderedDict[str, _Post] = OrderedDict()
         """By their last turn, the latest at the end."""
+        self._shelf = Shelf(loaded)
         self._wanted: dict[str, Future[None]] = {}
         self._loading: str | None = None
         self._loaded: list[_Loaded] = []
@@ -127,6 +135,8 @@ class Desk:
         self._rejects: Counter[str] = Counter()
         self._closing = self._closed = False
         self._error: Exception | None = None
+        self._stuck_s, self._stuck_at = stuck_s, math.inf
+        """When the step that is being taken is to be taken for one that will not end."""
         self._drawn: dict[int, tuple[ImageRequest, Draw]] = {}
         """By the request's identity: what the engines know of a draw."""
         self._loader = ThreadPoolExecutor(1, "scanloom-load")
@@ -135,8 +145,8 @@ class Desk:
 
     @property
     def healthy(self) -> bool:
-        """False once the loop ended by an error: nothing will be made here any more."""
-        return self._error is None
+        """False where the loop ended by an error, or hangs in a step: nothing will be made here any more."""
+        return self._error is None and time.monotonic() < self._stuck_at
 
     def open(self, generator: str) -> Future[None]:
         """Have a generator loaded and warmed up before somebody asks for it."""
@@ -152,13 +162,14 @@ class Desk:
     def take(self, order: ImageOrder) -> Future[MadeImages]:
         """Accept an order; cancelling the future withdraws it and frees its slots at the next step.
 
-        Raises at once what `Bookings.take` raises, and BusyError where the desk makes nothing any more. The future
-        raises DeadlineError where it turns out late all the same, QualityError where an image cannot be made that the
-        judges let pass, RecipeError where the generator cannot make what is asked for, BusyError where the engine
-        stops, and what loading the generator raises.
+        Raises at once what `Bookings.take` and `Shelf.require` raise, and BusyError where the desk makes nothing any
+        more. The future raises DeadlineError where it turns out late all the same, QualityError where an image cannot
+        be made that the judges let pass, RecipeError where the generator cannot make what is asked for, BusyError where
+        the engine stops, and what loading the generator raises.
         """
         with self._changed:
             self._require_open()
+            self._shelf.require(order.generator, self._clock())
             try:
                 number = self._book.take(order, self._clock())
             except DeadlineError:
@@ -185,14 +196,15 @@ class Desk:
             self._changed.wait_for(lambda: not self._jobs or not self.healthy, drain_s)
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        # No longer than for a step that hangs.
+        self._thread.join(self._stuck_s)
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     # --- from other threads -------------------------------------------------------------------------------------
 
     def _require_open(self) -> None:
-        if self._error is not None:
-            raise _stopped(self._error)
+        if not self.healthy:
+            raise _stopped(self._error or TimeoutError("a step of the engine hangs"))
         if self._closing:
             raise BusyError("this engine is being stopped; ask again, another one will answer", RETRY_S)
 
@@ -258,7 +270,7 @@ class Desk:
     def _tidy(self) -> list[Answer]:
         """Take note of all that happened outside; whom that ends."""
         now = self._clock()
-        answers = [answer for loaded in self._loaded for answer in self._opened(loaded)]
+        answers = [answer for loaded in self._loaded for answer in self._opened(loaded, now)]
         self._loaded.clear()
         answers += [self._end(number, None) for number in self._withdrawn if number in self._jobs]
         self._withdrawn.clear()
@@ -276,14 +288,16 @@ class Desk:
         self._begin_loading(now)
         return answers
 
-    def _opened(self, loaded: _Loaded) -> Iterable[Answer]:
+    def _opened(self, loaded: _Loaded, now: float) -> Iterable[Answer]:
         self._loading = None
         wanted = self._wanted.pop(loaded.generator, None)
         outcome = loaded.outcome
         if isinstance(outcome, Exception):
             LOG.error("generator %s: cannot be loaded: %s", loaded.generator, outcome)
+            self._shelf.failed(loaded.generator, outcome, now)
             failed = [self._end(number, outcome) for number in self._book.of(loaded.generator)]
             return [*failed, *([(wanted, outcome)] if wanted is not None else [])]
+        self._shelf.loaded(loaded.generator, now)
         self._posts[loaded.generator] = outcome
         self._meters.setdefault(loaded.generator, Meter())
         error = RecipeError("guidance_scale: a guided image takes two slots and the engine has one; set it to 1")
@@ -291,42 +305,42 @@ class Desk:
         return [*failed, *([(wanted, None)] if wanted is not None else [])]
 
     def _begin_loading(self, now: float) -> None:
-        """Load the next generator that is asked for, where there is room or one that is idle makes room."""
+        """Load the next generator that is asked for, where there is room or another makes room."""
         if self._loading is not None or self._closed:
             return
         asked_for = dict.fromkeys([*self._wanted, *(job.order.generator for job in self._jobs.values())])
-        wanted = next((name for name in asked_for if name not in self._posts), None)
-        if wanted is None:
+        found = self._shelf.next(list(asked_for), self._is_idle, now)
+        if found is None:
             return
-        if len(self._posts) >= self._most_loaded:
-            idle = next((name for name, post in self._posts.items() if self._is_idle(name, post)), None)
-            if idle is None:
-                return
-            self._book.closed(idle, self._posts.pop(idle).load_s)
+        wanted, gone = found
+        if gone is not None:
+            self._book.closed(gone, self._posts.pop(gone).load_s)
         self._loading = wanted
         self._book.loading(wanted, now)
         self._loader.submit(self._load_one, wanted)
 
-    def _is_idle(self, generator: str, post: _Post) -> bool:
-        return not self._book.of(generator) and not post.bench.engine.busy
+    def _is_idle(self, generator: str) -> bool:
+        return not self._book.of(generator) and not self._posts[generator].bench.engine.busy
 
     def _next_turn(self) -> _Turn | None:
         for name, post in self._posts.items():
             shapes = sorted(self._book.shapes(name))
             if shapes or post.bench.engine.busy:
                 self._posts.move_to_end(name)
+                self._shelf.used(name)
                 if not shapes:
                     return _Turn(name, post, None, (), 0)
                 shape = next((shape for shape in shapes if post.last is not None and shape > post.last), shapes[0])
                 post.last = shape
-                return _Turn(name, post, shape, self._book.admit(name, shape), self._book.calls(name, shape))
+                draws, calls = self._book.admit(name, shape), self._book.calls(name, shape)
+                return _Turn(name, post, shape, draws, calls, self._book.foreseen_s(name, shape))
         return None
 
     def _patience_s(self) -> float | None:
         """Until the next order is late, if nothing happens."""
         due = self._book.next_due
         # A little more, so that it is late then.
-        return None if due == float("inf") else max(0.0, due - self._clock()) + 0.001
+        return None if due == math.inf else max(0.0, due - self._clock()) + 0.001
 
     def _step(self, turn: _Turn) -> list[Answer]:
         """Take a step; whom it ends."""
@@ -335,12 +349,14 @@ class Desk:
             with self._changed:
                 return [self._end(number, error) for number, error in errors.items()]
         started = time.perf_counter()
+        self._stuck_at = time.monotonic() + max(self._stuck_s, MOST_FORESEEN * turn.foreseen_s)
         try:
             finished = turn.post.bench.engine.step(turn.shape)
             looked = self._look(turn.post.bench, finished)
         except NotNumbers as error:
             # The others come with the next step.
             finished, looked = [], self._look_at_none(error.request)
+        self._stuck_at = math.inf
         seconds = time.perf_counter() - started
         made = sum(each.verdict.reason is None for each in looked)
         with self._changed:
