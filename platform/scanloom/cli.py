@@ -19,6 +19,7 @@ import yaml
 from scanloom import console
 from scanloom.api_key import entry, new_key
 from scanloom.artefact import Artefact, Problem, code_version, open_artefact, verify
+from scanloom.cluster import Finding, examine, gpus_needed, store_clock
 from scanloom.errors import RecipeError, ScanloomError
 from scanloom.overview import overview, unfinished
 from scanloom.progress import Progress, progress_of_unfinished
@@ -270,14 +271,22 @@ def verify_bundle(
 @app.command()
 def doctor(
     store: Annotated[str | None, typer.Argument(help="A store to try, with writing: s3://bucket/prefix.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="URL", help="A Ray cluster to examine, by its dashboard: http://host:8265.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="With --cluster: whose GPUs must be there.")
+    ] = None,
 ) -> None:
-    """What this installation has and lacks; exit 1 where the given store cannot be used."""
+    """What this installation has and lacks; exit 1 where the given store or cluster cannot be used."""
     rows = [("scanloom", code_version(), ""), ("python", sys.version.split()[0], sys.executable)]
     rows += [_distribution(*need) for need in _NEEDS]
     rows += [_machine(), _gpus(), _jobs(), _pseudonym_key()]
     trial, usable = _try_store(store)
-    console.result_table("scanloom doctor", ("what", "found", "note"), [*rows, trial])
-    if not usable:
+    findings = _examined(store, cluster, recipe)
+    rows += [trial, *((found.what, found.found, found.note) for found in findings)]
+    console.result_table("scanloom doctor", ("what", "found", "note"), rows)
+    if not (usable and all(found.usable for found in findings)):
         raise typer.Exit(1)
 
 
@@ -392,6 +401,16 @@ def _jobs() -> tuple[str, str, str]:
 def _pseudonym_key() -> tuple[str, str, str]:
     present = bool(os.environ.get("SCANLOOM_PSEUDONYM_KEY"))
     return "SCANLOOM_PSEUDONYM_KEY", "set" if present else "not set", "" if present else "real scans need it"
+
+
+def _examined(store: str | None, cluster: str | None, recipe: str | None) -> list[Finding]:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    found = [store_clock(endpoint)] if endpoint and (store or "").startswith("s3://") else []
+    gpus = gpus_needed(recipe_at(recipe)) if recipe else 0.0
+    if cluster:
+        ray_version = None if find_spec("ray") is None else version("ray")
+        found += examine(cluster, os.environ.get("RAY_AUTH_TOKEN"), ray_version, gpus)
+    return found
 
 
 def _try_store(uri: str | None) -> tuple[tuple[str, str, str], bool]:
