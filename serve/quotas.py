@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from scanloom.errors import BusyError, RecipeError
+from scanloom.errors import BusyError, DeadlineError, QualityError, RecipeError
 from serve.access import Caller
 from serve.config import Service, Tenant
 
@@ -23,6 +23,8 @@ MINUTE_S, DAY_S = 60.0, 86_400.0
 IN_FLIGHT_RETRY_S = 1.0
 """Told where requests of the tenant itself are in the way: nobody knows when they end."""
 DATASET_RETRY_S = 60.0
+AT_ONCE_S = 1.0
+"""Within which engines refuse what they cannot make in time."""
 # A time since 1970 as a float has steps of 0.2 microseconds; a wait that was told must suffice all the same.
 _TOLERANCE_S = 1e-3
 
@@ -93,7 +95,9 @@ class Quotas:
     def reserve(self, caller: Caller, images: int) -> Iterator[Held]:
         """Room for a request of so many images, while it is answered.
 
-        What the body does not tell as made is given back when it ends. QuotaError or AboveQuota: nothing was taken.
+        What the body does not tell as made is given back when it ends, unless an engine has worked for it all the same:
+        where the caller went away, no attempt passed the quality checks, or it was late. QuotaError or AboveQuota:
+        nothing was taken.
         """
         limits = self.service.tenant(caller.tenant)
         for limit, most in (("images_at_once", limits.images_at_once), ("images_per_minute", limits.images_per_minute)):
@@ -111,6 +115,10 @@ class Quotas:
         held = Held(images)
         try:
             yield held
+        except BaseException as error:
+            if _has_cost(error, self.clock() - now):
+                held.made(images)
+            raise
         finally:
             with self._lock:
                 use.full_at = _full_at(use, limits, self.clock()) - _filling_s(limits, held.unmade)
@@ -169,6 +177,17 @@ def _require_possible(images: int, limit: str, most: float | None) -> None:
 def _filling_s(limits: Tenant, images: int) -> float:
     """Seconds in which the bucket gains so many images."""
     return images * MINUTE_S / limits.images_per_minute if limits.images_per_minute is not None else 0.0
+
+
+def _has_cost(error: BaseException, elapsed_s: float) -> bool:
+    """Whether an engine has worked for a request that ended by this error.
+
+    If not charged, whoever leaves just before the end, again and again, has the engines to himself. What cannot be
+    made in time is refused at once, and only what was begun turns out late.
+    """
+    if isinstance(error, DeadlineError):
+        return elapsed_s > AT_ONCE_S
+    return isinstance(error, QualityError) or not isinstance(error, Exception)
 
 
 def _full_at(use: _Use, limits: Tenant, now: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scanloom.errors import BusyError, DeadlineError, DeadlineTooShort, QualityError
 from serve import quotas as module
 from serve.access import Caller
 from serve.config import ServedGenerator, Service
@@ -150,6 +152,44 @@ def test_what_was_not_made_is_given_back() -> None:
     take(limits, 6, made=0)
     take(limits, 6)
     assert refused("images_per_minute", limits.reserve(CALLER, 1)) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(
+    "error, elapsed_s, charged",
+    [
+        (asyncio.CancelledError(), 0.1, True),  # the client left, perhaps just before the end
+        (QualityError("no attempt passed"), 0.1, True),
+        (DeadlineError("late", 1.0), 5.0, True),
+        (DeadlineError("cannot be in time", 1.0), 0.1, False),
+        (BusyError("full", 1.0), 5.0, False),
+        (DeadlineTooShort("too short"), 0.1, False),
+        (RuntimeError("a fault of ours"), 5.0, False),
+    ],
+)
+def test_what_engines_have_worked_for_is_charged_and_what_they_refused_is_not(
+    error: BaseException, elapsed_s: float, charged: bool
+) -> None:
+    clock = Clock()
+    limits = quotas(clock, images_per_minute=1000, images_per_day=10, images_at_once=10)
+    with suppress(type(error)), limits.reserve(CALLER, 10):
+        clock.now += elapsed_s
+        raise error
+    if charged:
+        refused("images_per_day", limits.reserve(CALLER, 1))
+    else:
+        take(limits, 10)
+
+
+def test_whoever_leaves_just_before_the_end_again_and_again_gets_no_more_than_others() -> None:
+    clock = Clock()
+    limits = quotas(clock, images_per_minute=16, images_per_day=100)
+    drawn = 0
+    for _ in range(1000):
+        clock.now += 1.0
+        with suppress(asyncio.CancelledError, QuotaError), limits.reserve(CALLER, 16):
+            drawn += 16
+            raise asyncio.CancelledError
+    assert drawn == 96
 
 
 def test_what_may_yet_be_given_back_does_not_let_the_bucket_overflow() -> None:
