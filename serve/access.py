@@ -13,6 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,8 @@ from serve.issuer_keys import IssuerUnreachable as IssuerUnreachable
 LOG = logging.getLogger("scanloom.serve")
 LOOK_S = 1.0
 """How often the file of keys is looked at."""
+SAY_AGAIN_S = 60.0
+"""How often the log says that it cannot be used."""
 ASYMMETRIC = (
     "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA",
 )  # fmt: skip
@@ -121,12 +124,16 @@ class _ApiKeys:
         # Looked at before it is read: an edit in between is then seen as one.
         self._stamp = _stamp(self._file)
         self._keys = self._all()
+        self._said_at: float | None = None
+        """When it was told last that the file cannot be used; None: it can."""
+        # Not the loop's own threads, which others may hold up.
+        self._looking = ThreadPoolExecutor(1, thread_name_prefix="api-keys")
 
     async def find(self, token: str) -> Caller | None:
         """Whose key it is; None where it is nobody's. Unauthenticated where it has expired."""
         if self._file is not None and self._clock() - self._looked_at >= LOOK_S:
             self._looked_at = self._clock()
-            await asyncio.to_thread(self._look)
+            await asyncio.get_running_loop().run_in_executor(self._looking, self._look)
         asked = fingerprint(token)
         # All of them, always: what it costs tells nothing of how near a guess was.
         matching = [key for key in self._keys if hmac.compare_digest(key.sha256, asked)]
@@ -139,15 +146,21 @@ class _ApiKeys:
 
     def _look(self) -> None:
         stamp = _stamp(self._file)
-        if stamp == self._stamp:
+        if stamp == self._stamp and not self._is_to_be_said_again():
             return
         self._stamp = stamp
         try:
             self._keys = self._all()
         except RecipeError as error:
+            # Again and again: whoever takes away the file to revoke its keys must hear that they are in force.
+            self._said_at = self._clock()
             LOG.error("%s; the former %d keys are used on", error, len(self._keys))
         else:
+            self._said_at = None
             LOG.info("%s: read again, %d keys in all", self._file, len(self._keys))
+
+    def _is_to_be_said_again(self) -> bool:
+        return self._said_at is not None and self._clock() - self._said_at >= SAY_AGAIN_S
 
     def _all(self) -> tuple[ApiKey, ...]:
         keys = (*self._given, *(_read(self._file) if self._file else ()))
