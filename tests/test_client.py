@@ -299,6 +299,14 @@ def test_what_cannot_be_asked_is_refused_before_it_is_sent(flow: Callable[[Sessi
     assert script.sent == []
 
 
+@pytest.mark.parametrize("key", ["a\nb", "a b", "schlüssel", "x" * 256])
+def test_a_key_of_ones_own_is_checked_before_it_is_sent(key: str) -> None:
+    script = Script([reply(JOB)])
+    with pytest.raises(RequestRefused, match="idempotency_key"):
+        script.run(datasets.create(script.session(), 10, idempotency_key=key))
+    assert script.sent == []
+
+
 def test_a_value_that_json_has_not_is_refused() -> None:
     script = Script([reply({})])
     with pytest.raises(RequestRefused, match="JSON"):

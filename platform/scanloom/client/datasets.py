@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,12 +12,13 @@ from urllib.parse import quote
 
 from scanloom import console
 from scanloom.api import BitsStored, DatasetJob, DatasetJobs, DatasetRequest, DatasetResult, OrderedCohort
-from scanloom.client.errors import JobFailed, StillRunning
+from scanloom.client.errors import JobFailed, RequestRefused, StillRunning
 from scanloom.client.flow import Flow, Pause
 from scanloom.client.session import Session, checked, get, parser, post
 from scanloom.recipe_generate import Dicom, ImageFormat
 
 _PATH = "/v1/datasets"
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _PAGE = 100
 _LEAST_POLL_S, _MOST_POLL_S = 0.5, 5.0
 _ENDED = ("finished", "failed", "cancelled")
@@ -62,8 +64,10 @@ def create(
         guidance_scale=guidance_scale, bits_stored=bits_stored, image_format=image_format, webdataset=webdataset,
         dicom=dicom,
     )  # fmt: skip
-    key = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
-    return Ordered(session, (yield from post(session, _PATH, body, parser(DatasetJob), key)))
+    key = idempotency_key or secrets.token_hex(16)
+    if not _KEY.fullmatch(key):
+        raise RequestRefused("idempotency_key: expected 1 to 255 visible ASCII characters; nothing was sent")
+    return Ordered(session, (yield from post(session, _PATH, body, parser(DatasetJob), {"Idempotency-Key": key})))
 
 
 def find(session: Session, id: str) -> Flow[Ordered]:
