@@ -56,8 +56,8 @@ def ours() -> set[str]:
     """What serve/metrics.py counts, as a page of metrics spells it."""
     source = (ROOT / "serve" / "metrics.py").read_text(encoding="utf-8")
     kinds: dict[str, tuple[str, ...]] = {}
-    kinds |= {name: ("_bucket", "_sum", "_count") for name in re.findall(r'Histogram\(\s*"(scanloom_\w+)"', source)}
-    kinds |= {name: ("_total",) for name in re.findall(r'Counter\(\s*"(scanloom_\w+)"', source)}
+    kinds |= dict.fromkeys(re.findall(r'Histogram\(\s*"(scanloom_\w+)"', source), ("_bucket", "_sum", "_count"))
+    kinds |= dict.fromkeys(re.findall(r'Counter\(\s*"(scanloom_\w+)"', source), ("_total",))
     gauges = source[source.index("self.gauges = {") :]
     kinds |= {f"scanloom_engine_{name}": ("",) for name in re.findall(r'^\s+"(\w+)": "', gauges, re.MULTILINE)}
     return {f"ray_{name}{ending}" for name, endings in kinds.items() for ending in endings}
