@@ -29,6 +29,8 @@ KEPT_SIZES = 32
 """Of a generator, whose paces are remembered while nobody asks for them."""
 _UNKNOWN_RETRY_S = 1.0
 _LEAST_OF_GUESS = 0.25
+KNOWN_FROM = 20
+"""Steps after which a guess has become a measurement."""
 _LEAST_RETRY_S = 0.1
 
 
@@ -66,7 +68,8 @@ class _Batch:
     line: Line
     pace: Pace
     best: Pace | None
-    """The fastest that it ever was; None: it was never measured, and its pace is a guess."""
+    """The fastest that it ever was; None: its pace is still a guess."""
+    measurements: int = 0
     going: dict[Draw, int] = field(default_factory=dict)
     """Steps that each has still to take."""
 
@@ -219,7 +222,11 @@ class Bookings:
         """A step with so many calls took so long, images that it finished and what was done with them included."""
         batch = self._batches[generator, shape]
         batch.pace = batch.pace.measured(seconds, calls, finished)
-        batch.best = batch.best.best(batch.pace) if batch.best is not None else batch.pace
+        batch.measurements += 1
+        if batch.best is not None:
+            batch.best = batch.best.best(batch.pace)
+        elif batch.measurements >= KNOWN_FROM:
+            batch.best = batch.pace
 
     def judged(self, draw: Draw, *, passed: bool) -> bool:
         """A draw was looked at: made, or to be drawn again. Whether the order is complete by it."""
