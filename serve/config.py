@@ -149,6 +149,12 @@ class Datasets(Section):
     links_s: Annotated[int, Field(ge=60, le=604800)] = 3600
     """Validity of presigned URLs."""
     poll_s: Positive = 2.0
+    most_images: Annotated[int, Field(ge=1, lt=2**32)] = 2_000_000
+    """Of one dataset, whoever orders it."""
+    most_cells: Count = 2000
+    """Of an ordered cohort: cells, or combinations of its marginals."""
+    stalled_s: Positive = 7200.0
+    """A running job that commits nothing for so long is stopped, which counts as a failed attempt."""
 
 
 class Service(Section):

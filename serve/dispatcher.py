@@ -28,6 +28,8 @@ LONGEST_PASS_S = 600.0
 """A pass that takes longer hangs, and the dispatcher with it."""
 FINAL_EXIT_CODE = 2
 """Of a job that would fail the same way again: `scanloom.console.run`."""
+MOST_LOSSES = 5
+"""Clusters in a row that an order may lose without an image made: it may be the order that takes them down."""
 _LONGEST_PROBLEM = 600
 _LONGEST_DELAY_S = 300.0
 _ERROR = "error: "
@@ -79,6 +81,8 @@ class Dispatcher:
         self._unsubmitted: set[Ticket] = set()
         self._ended: set[Ticket] = set()
         self._served: dict[str, float] = {}
+        # Of running jobs: the images that were done, and since when it has been so many.
+        self._seen: dict[Ticket, tuple[int, float]] = {}
         self._complaints: set[str] = set()
         self._busy_since: float | None = None
         self._loop: asyncio.Task[None] | None = None
@@ -140,8 +144,10 @@ class Dispatcher:
         the next pass does the rest.
         """
         tickets = self._orders.open()
-        self._unsubmitted &= set(tickets)
-        self._ended &= set(tickets)
+        known = set(tickets)
+        self._unsubmitted &= known
+        self._ended &= known
+        self._seen = {ticket: seen for ticket, seen in self._seen.items() if ticket in known}
         outcomes: dict[Ticket, Outcome] = {}
         submitted = 0
         for ticket in tickets:
@@ -184,7 +190,8 @@ class Dispatcher:
     def _followed(self, ticket: Ticket) -> Outcome:
         standing = self._orders.standing(ticket)
         if standing is None:
-            return "blocked"  # whoever began to place it may still do so
+            # Whoever began to place it may still do so, for a time.
+            return "ended" if self._orders.drop(ticket) else "blocked"
         if standing.ended:
             return self._close(ticket)
         attempt = self._orders.last_attempt(ticket)
@@ -196,10 +203,19 @@ class Dispatcher:
             return self._cancel(ticket, attempt, job)
         if job is None:
             return "waiting"  # to be submitted, or once more: on a cluster that is gone
-        if job.live:
-            return "live"
         assert attempt is not None
+        if job.live:
+            if job.running and self._is_stalled(ticket):
+                self._complain(ScanloomError(f"dataset {ticket.id}: its job makes nothing any more; it is stopped"))
+                self._jobs.stop(job_name(ticket, attempt.number))
+            return "live"
         return self._judge(ticket, attempt, job)
+
+    def _is_stalled(self, ticket: Ticket) -> bool:
+        done, now = self._orders.images_done(ticket), self._clock()
+        before, since = self._seen.get(ticket, (-1, now))
+        self._seen[ticket] = (done, since if done == before else now)
+        return now - self._seen[ticket][1] > self._settings.stalled_s
 
     def _cancel(self, ticket: Ticket, attempt: Attempt | None, job: JobState | None) -> Outcome:
         if attempt is not None and job is not None and job.live:
@@ -254,10 +270,17 @@ class Dispatcher:
             return "blocked"
         recipe = self._orders.prepare(order)
         attempt = self._due(ticket)
+        if attempt.losses > MOST_LOSSES:
+            raise ScanloomError(
+                f"{attempt.losses} clusters were lost while it ran, and no image was made; ask whoever runs them"
+            )
         if not self._orders.begin_attempt(ticket, attempt):
             return "blocked"  # to be cancelled, which the next pass does
         name = job_name(ticket, attempt.number)
+        self._seen.pop(ticket, None)
         self._jobs.submit(name, recipe)
+        if self._orders.cancel_asked(ticket):
+            self._jobs.stop(name)  # another dispatcher may have called it cancelled before the job was there
         LOG.info("dataset %s of %s: job %s submitted", ticket.id, ticket.tenant, name)
         return "live"
 
@@ -267,9 +290,13 @@ class Dispatcher:
         if last is None:
             return Attempt(1, 0)
         job = self._jobs.state(job_name(ticket, last.number))
-        if job is None or job.live:
+        if job is not None and job.live:
             return last
-        return Attempt(last.number + 1, last.failures + job.started)
+        done = self._orders.images_done(ticket)
+        if job is None:
+            losses = 0 if done > last.done else last.losses + 1
+            return Attempt(last.number, last.failures, last.again + 1, losses, done)
+        return Attempt(last.number + 1, last.failures + job.started, done=done)
 
     def _complain(self, error: ScanloomError) -> None:
         """Have it said after this pass, unless it was after the last one."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -20,7 +22,7 @@ from scanloom.api import DatasetJob, DatasetJobs, DatasetProgress, DatasetReques
 from scanloom.artefact import MANIFEST, PROGRESS, Artefact, open_artefact
 from scanloom.errors import ArtefactError, RecipeError, ScanloomError
 from scanloom.progress import STALE_S, Progress
-from scanloom.recipe import Recipe, parse_recipe
+from scanloom.recipe import CellsCohort, MarginalsCohort, Recipe, parse_recipe
 from scanloom.sampling.plan import order as specified
 from scanloom.section import nearest
 from scanloom.store import MissingError, Store
@@ -55,6 +57,8 @@ class Ledger:
         self._service = service
         self._datasets: Datasets = service.datasets
         self.orders = Orders(Store(service.datasets.store))
+        # A large cohort takes seconds of the interpreter, which other requests need too.
+        self._compiling = threading.Lock()
         self._finished = functools.lru_cache(_MANIFESTS)(self._open_dataset)
 
     def place(
@@ -74,6 +78,7 @@ class Ledger:
                 _require_same(claimed[1], request)
                 if (known := self.orders.read(Ticket(tenant, claimed[0]))) is not None:
                     return self._told(known), False
+        self._require_fitting(request)
         order = self._compiled(tenant, request, request_id, order_id)
         if idempotency_key is not None:
             # From here on whoever comes with this key goes on with this id, and one of them creates the order.
@@ -247,9 +252,10 @@ class Ledger:
         manifest = generator.manifest
         recipe = self._recipe(tenant, request, request_id, order_id, served, generator)
         assert recipe.generate is not None
-        ordered = specified(
-            recipe.generate, manifest.name, generator.digest, manifest.statistics, probe.digest if probe else None
-        )
+        with self._compiling:
+            ordered = specified(
+                recipe.generate, manifest.name, generator.digest, manifest.statistics, probe.digest if probe else None
+            )
         return Order(
             id=order_id,
             tenant=tenant,
@@ -295,6 +301,23 @@ class Ledger:
             "generate": section,
         }
         return parse_recipe(tree, f"of dataset {order_id}")
+
+    def _require_fitting(self, request: DatasetRequest) -> None:
+        """Raise RecipeError for what is too large to be planned beside other requests, or made at all."""
+        most = self._datasets
+        if request.images > most.most_images:
+            raise RecipeError(
+                f"images: {most.most_images} at most in one dataset; order several, each with its own seed"
+            )
+        cells = 1
+        if isinstance(request.cohort, CellsCohort):
+            cells = len(request.cohort.cells)
+        elif isinstance(request.cohort, MarginalsCohort):
+            cells = math.prod(len(shares) for shares in request.cohort.marginals.values())
+        if cells > most.most_cells:
+            raise RecipeError(
+                f"cohort: {cells} cells or combinations of marginals; {most.most_cells} at most in an order"
+            )
 
     def _served(self, name: str | None) -> ServedGenerator:
         generators = self._service.generators

@@ -5,6 +5,7 @@
     <tenant>/<id>/order.json            the order; from here on it is accepted
     <tenant>/<id>/recipe.yaml           the same for the job, and dataset/plan.json: both follow from order.json
     <tenant>/<id>/submissions/0001.json the first attempt was or is about to be submitted, and so on
+    .../submissions/0001-01.json        the same once more, to a cluster that did not know it
     <tenant>/<id>/cancel.json           somebody wants no more of it
     <tenant>/<id>/cancelled.json        it was cancelled, and nobody works on it
     <tenant>/<id>/failed.json           it failed, and why
@@ -32,7 +33,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scanloom.api import DatasetRequest, DatasetState
-from scanloom.artefact import MANIFEST, canonical_json, plan_digest
+from scanloom.artefact import MANIFEST, PROGRESS, canonical_json, plan_digest
 from scanloom.errors import ArtefactError, StoreError
 from scanloom.shards.commit import begin
 from scanloom.store import MissingError, Store
@@ -46,6 +47,8 @@ KEYS, OPEN = "_keys", "_open"
 TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ID = re.compile(r"[0-9a-f]{24}")
 _LATEST_MS = 2**48 - 1
+_SUBMISSION = re.compile(r"(\d{4})(?:-(\d{2,}))?\.json")
+_GIVEN_UP_MS = 86_400_000
 
 
 class Order(BaseModel):
@@ -101,6 +104,12 @@ class Attempt:
     """From 1."""
     failures: int
     """Of the attempts before, those that count."""
+    again: int = 0
+    """How often it was submitted before, to clusters that have lost it."""
+    losses: int = 0
+    """How often in a row it was lost without an image made since."""
+    done: int = 0
+    """Images that were there when it was submitted."""
 
 
 def new_id(milliseconds: float | None = None) -> str:
@@ -192,12 +201,13 @@ class Orders:
         if ORDER not in names:
             return None
         asked = CANCEL in names
-        if self.is_finished(ticket):
-            return Standing("finished", asked)
+        # What has ended stays so, though a job that nobody could stop finishes its dataset later.
         if FAILED in names:
             return Standing("failed", asked)
         if CANCELLED in names:
             return Standing("cancelled", asked)
+        if self.is_finished(ticket):
+            return Standing("finished", asked)
         return Standing("running" if f"{SUBMISSIONS}/" in names else "accepted", asked)
 
     def is_finished(self, ticket: Ticket) -> bool:
@@ -227,6 +237,21 @@ class Orders:
         """Note that the order has ended."""
         self.store.delete([f"{OPEN}/{ticket.folder}"])
 
+    def drop(self, ticket: Ticket) -> bool:
+        """Take an order that nobody has placed in a day out of the open ones; whether that was done."""
+        if _age_ms(ticket.id) < _GIVEN_UP_MS:
+            return False
+        self.close(ticket)
+        if self.store.exists(f"{ticket.folder}/{ORDER}"):  # somebody came with its key at this very moment
+            self.store.create(f"{OPEN}/{ticket.folder}", b"{}")
+        return True
+
+    def images_done(self, ticket: Ticket) -> int:
+        """What the order's job last said of itself; 0 where it never did."""
+        found = self._json(f"{ticket.folder}/{DATASET}/{PROGRESS}") or {}
+        done = found.get("images_done", 0)
+        return done if isinstance(done, int) else 0
+
     def ask_to_cancel(self, ticket: Ticket) -> None:
         """Want no more of the order. One that was never submitted is cancelled at once."""
         self.store.create(f"{ticket.folder}/{CANCEL}", _note())
@@ -250,19 +275,24 @@ class Orders:
 
     def last_attempt(self, ticket: Ticket) -> Attempt | None:
         """The attempt that was or is to be submitted last; None: nobody ever did."""
-        numbers = [
-            int(name[:4]) for name in self.store.names(f"{ticket.folder}/{SUBMISSIONS}", limit=9999)
-            if re.fullmatch(r"\d{4}\.json", name)
-        ]  # fmt: skip
-        if not numbers:
+        names = self.store.names(f"{ticket.folder}/{SUBMISSIONS}", limit=100_000)
+        places = [(int(named[1]), int(named[2] or 0)) for name in names if (named := _SUBMISSION.fullmatch(name))]
+        if not places:
             return None
-        found = self._json(_attempt_key(ticket, max(numbers))) or {}
-        return Attempt(max(numbers), int(found.get("failures", 0)))
+        number, again = max(places)
+        found = self._json(_attempt_key(ticket, number, again)) or {}
+        failures, losses, done = (int(found.get(key, 0)) for key in ("failures", "losses", "done"))
+        return Attempt(number, failures, again, losses, done)
 
     def begin_attempt(self, ticket: Ticket, attempt: Attempt) -> bool:
         """Note that the attempt is to be submitted; False where the order is to be cancelled, and it must not be."""
-        self.store.create(_attempt_key(ticket, attempt.number), _note(failures=attempt.failures))
-        return not self.store.exists(f"{ticket.folder}/{CANCEL}")
+        note = _note(failures=attempt.failures, losses=attempt.losses, done=attempt.done)
+        self.store.create(_attempt_key(ticket, attempt.number, attempt.again), note)
+        return not self.cancel_asked(ticket)
+
+    def cancel_asked(self, ticket: Ticket) -> bool:
+        """Whether somebody wants no more of the order."""
+        return self.store.exists(f"{ticket.folder}/{CANCEL}")
 
     def _json(self, key: str) -> dict[str, Any] | None:
         try:
@@ -283,8 +313,12 @@ def _note(**facts: object) -> bytes:
     return canonical_json({"at": now(), **facts})
 
 
-def _attempt_key(ticket: Ticket, number: int) -> str:
-    return f"{ticket.folder}/{SUBMISSIONS}/{number:04d}.json"
+def _attempt_key(ticket: Ticket, number: int, again: int) -> str:
+    return f"{ticket.folder}/{SUBMISSIONS}/{number:04d}{f'-{again:02d}' if again else ''}.json"
+
+
+def _age_ms(order_id: str) -> int:
+    return time.time_ns() // 1_000_000 - (_LATEST_MS - int(order_id[:12], 16))
 
 
 def _key_of(tenant: str, key: str) -> str:

@@ -35,6 +35,8 @@ class JobState:
 
     live: bool
     """Waiting or running; or else it has ended."""
+    running: bool = False
+    """Of a live job: its driver was started."""
     exit_code: int | None = None
     """Of its driver; None where that was killed, or never started."""
     ended: float | None = None
@@ -50,6 +52,9 @@ class JobsUnavailable(BusyError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, retry_after_s=REQUEST_S)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (JobsUnavailable, (str(self),))
 
 
 class _Client(JobSubmissionClient):
@@ -81,7 +86,7 @@ class RayJobs:
         except (OSError, requests.RequestException) as error:
             raise self._lost(error) from error
         if told.status in (JobStatus.PENDING, JobStatus.RUNNING):
-            return JobState(live=True)
+            return JobState(live=True, running=told.status == JobStatus.RUNNING)
         return JobState(
             live=False,
             exit_code=told.driver_exit_code,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import shlex
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +21,10 @@ from scanloom.embedded_s3 import EmbeddedS3
 from scanloom.errors import StoreError
 from scanloom.store import Store
 from serve.config import Service
-from serve.dispatcher import Dispatcher, job_name, why
+from serve.dispatcher import MOST_LOSSES, Dispatcher, job_name, why
 from serve.ledger import Ledger
-from serve.orders import Ticket
-from serve.ray_jobs import JobsUnavailable, RayJobs, _code
+from serve.orders import Ticket, new_id
+from serve.ray_jobs import JobState, JobsUnavailable, RayJobs, _code
 from tests.fault_proxy import FaultProxy
 from tests.interleaving import Killed, interleaved
 from tests.served_datasets import REQUEST, FakeCluster, finish, publish_bare_generator, service
@@ -315,6 +317,88 @@ def test_a_new_cluster_gets_the_same_attempt_again(new_place: Callable[..., Plac
     assert place.state(id) == "finished"
 
 
+def lose_clusters(place: Place, id: str, number: int, images_done: Callable[[int], int]) -> None:
+    for lost in range(number):
+        place.dispatcher().reconcile()
+        progress = f'{{"images_done": {images_done(lost)}}}'.encode()
+        place.ledger.orders.store.write(f"acme/{id}/dataset/progress.json", progress)
+        place.cluster = FakeCluster()
+    place.dispatcher().reconcile()
+
+
+def test_an_order_that_loses_cluster_after_cluster_without_an_image_fails(new_place: Callable[..., Place]) -> None:
+    place = new_place()
+    id = place.order()
+    lose_clusters(place, id, MOST_LOSSES, lambda _: 0)
+    assert place.cluster.live == [name(id)]
+    lose_clusters(place, id, 1, lambda _: 0)
+    assert place.cluster.live == []
+    assert "6 clusters were lost" in (place.ledger.find("acme", id).problem or "")
+
+
+def test_an_order_that_makes_images_may_lose_any_number_of_clusters(new_place: Callable[..., Place]) -> None:
+    place = new_place()
+    id = place.order()
+    lose_clusters(place, id, 3 * MOST_LOSSES, lambda lost: 1 + lost)
+    assert place.cluster.live == [name(id)]
+
+
+def test_what_was_called_cancelled_stays_so_and_its_late_job_is_stopped(
+    new_place: Callable[..., Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = new_place()
+    id, other = place.order(), place.dispatcher()
+    submit = place.cluster.submit
+
+    def late(job: str, recipe: str) -> None:
+        # Another dispatcher sees the attempt, the wish to cancel it, and no job.
+        place.ledger.cancel("acme", id)
+        other.reconcile()
+        assert place.state(id) == "cancelled"
+        submit(job, recipe)
+
+    monkeypatch.setattr(place.cluster, "submit", late)
+    place.dispatcher().reconcile()
+    assert place.cluster.log == [("submit", name(id)), ("stop", name(id))]
+    finish(place.settings, "acme", id)
+    assert place.state(id) == "cancelled"
+
+
+def test_a_job_that_makes_nothing_any_more_is_stopped_and_counts_as_failed(new_place: Callable[..., Place]) -> None:
+    place = new_place(stalled_s=100.0, attempts=1)
+    id, dispatcher = place.order(), place.dispatcher()
+    dispatcher.reconcile()
+    place.now += 1000
+    dispatcher.reconcile()  # it waits for a host, which is no fault
+    place.cluster.jobs[name(id)] = JobState(live=True, running=True)
+    for done in (0, 4, 8):
+        place.ledger.orders.store.write(f"acme/{id}/dataset/progress.json", f'{{"images_done": {done}}}'.encode())
+        for _ in range(2):
+            dispatcher.reconcile()
+            place.now += 99
+            assert place.cluster.live == [name(id)]
+            place.now -= 40
+    place.now += 101
+    dispatcher.reconcile()
+    assert place.cluster.log[-1] == ("stop", name(id))
+    dispatcher.reconcile()
+    assert place.state(id) == "failed"
+
+
+def test_what_nobody_has_placed_in_a_day_is_looked_at_no_more(new_place: Callable[..., Place]) -> None:
+    place = new_place()
+    old, young = (Ticket("acme", new_id(time.time() * 1000 - hours * 3_600_000)) for hours in (25, 23))
+    for ticket in (old, young):
+        place.ledger.orders.store.write(f"_open/{ticket.folder}", b"{}")
+    place.dispatcher().reconcile()
+    assert place.ledger.orders.open() == [young]
+
+
+def test_a_refusal_of_the_cluster_crosses_processes() -> None:
+    error = pickle.loads(pickle.dumps(JobsUnavailable("no answer")))
+    assert (type(error), str(error), error.retry_after_s) == (JobsUnavailable, "no answer", 30.0)
+
+
 def test_an_order_that_was_only_half_placed_is_left_to_whoever_places_it(new_place: Callable[..., Place]) -> None:
     place = new_place()
     id = place.order()
@@ -456,7 +540,7 @@ def test_however_dispatchers_and_a_cancel_interleave_and_die_every_order_ends_as
     asked = not isinstance(results[2], Killed)
     submitted = [job for what, job in place.cluster.log if what == "submit"]
     assert len(submitted) == len(set(submitted))
-    if asked and results[2].state == "cancelled":
+    if asked and results[2].state == "cancelled" and not any(isinstance(result, Killed) for result in results):
         assert name(unwanted) not in place.cluster.live
     settle(place, [wanted, unwanted])
     assert place.state(wanted) == "finished"
