@@ -22,8 +22,8 @@ KUBERNETES = ("1.30", "1.37")
 OTHERS = {
     ("monitoring.coreos.com/v1", "PodMonitor"), ("monitoring.coreos.com/v1", "PrometheusRule"),
     ("external-secrets.io/v1", "ExternalSecret"), ("gateway.networking.k8s.io/v1", "Gateway"),
-    ("gateway.networking.k8s.io/v1", "HTTPRoute"), ("kueue.x-k8s.io/v1beta1", "ResourceFlavor"),
-    ("kueue.x-k8s.io/v1beta1", "ClusterQueue"), ("kueue.x-k8s.io/v1beta1", "LocalQueue"),
+    ("gateway.networking.k8s.io/v1", "HTTPRoute"), ("kueue.x-k8s.io/v1beta2", "ResourceFlavor"),
+    ("kueue.x-k8s.io/v1beta2", "ClusterQueue"), ("kueue.x-k8s.io/v1beta2", "LocalQueue"),
 }  # fmt: skip
 """Kinds whose schemas are nowhere here; that they exist is all that is known of them."""
 
