@@ -102,18 +102,18 @@ def test_a_threshold_from_training_scans_would_miss_copies() -> None:
     patients = [str(n // 2) for n in range(200)]
     train = squares(200)
     train[1::2] = 0.9 * train[::2] + 0.1 * train[1::2]
-    index = Embeddings(flat, train)
+    index = Embeddings.of(flat, train)
     same, other = index.among_train(patients)
     held_out = index(squares(100)).likeness_N
     assert same.min() > held_out.max()
     assert np.median(other) == pytest.approx(np.median(held_out), abs=0.05)
-    alone = Embeddings(flat, train[::2]).among_train([str(n) for n in range(100)])
+    alone = Embeddings.of(flat, train[::2]).among_train([str(n) for n in range(100)])
     assert (alone[0] == -math.inf).all()
 
 
 def test_a_scan_and_its_mirror_image_are_looked_up() -> None:
     train = squares(40)
-    index = Embeddings(flat, train)
+    index = Embeddings.of(flat, train)
     asked = np.concatenate([train[7:8], mirrored(train[21:22]), squares(1)])
     found = index(asked)
     assert found.row_N[:2].tolist() == [7, 21]
@@ -123,7 +123,7 @@ def test_a_scan_and_its_mirror_image_are_looked_up() -> None:
 
 def test_looking_up_is_exact_in_blocks() -> None:
     train, asked = squares(700), squares(9000, 12)
-    index = Embeddings(flat, train)
+    index = Embeddings.of(flat, train)
     vectors, both = flat(asked), np.concatenate([flat(train), flat(train[:, :, ::-1])])
     found = index.look_up(vectors)
     assert found.likeness_N[::500] == pytest.approx((vectors[::500] @ both.T).max(axis=1))
@@ -166,7 +166,12 @@ def test_power_counts_what_is_found_and_whose_it_is() -> None:
     patients = [str(n // 2) for n in range(60)]
     noise = Plant("half is noise", "strong", lambda images: np.concatenate([images[:30], squares(30)]))
     exact, half = power(
-        Embeddings(flat, train), Threshold(0.9, 0.01, 0.01, 0.02, 100, 100), train, patients, [SLIGHT[0], noise]
+        Embeddings.of(flat, train),
+        Threshold(0.9, 0.01, 0.01, 0.02, 100, 100),
+        train,
+        range(60),
+        patients,
+        [SLIGHT[0], noise],
     )
     assert (exact.recall.value, exact.traced, exact.copies) == (1.0, 1.0, 60)
     assert (half.recall.value, half.traced) == (0.5, 0.5)

@@ -55,7 +55,7 @@ def index(train: Array) -> Embeddings:
         torch.set_num_threads(1)
         network = fit(TINY, tensor(train), seed=0)
         torch.set_num_threads(before)
-    return Embeddings(embedding(network), train)
+    return Embeddings.of(embedding(network), train)
 
 
 def test_the_loss_is_the_papers() -> None:
@@ -131,7 +131,7 @@ def test_weights_come_back_as_they_were_and_others_are_refused() -> None:
 def test_planted_copies_are_found_and_fresh_scans_are_not(index: Embeddings, train: Array) -> None:
     patients = [str(number) for number in range(len(train))]
     threshold = calibrate(index(phantoms(2, 300)).likeness_N, [str(n) for n in range(300)], 0.01)
-    found = power(index, threshold, train, patients, SLIGHT)
+    found = power(index, threshold, train, range(len(train)), patients, SLIGHT)
     assert np.mean([one.recall.value for one in found]) > 0.85
     fresh = index(phantoms(3, 300))
     assert clustered_share(fresh.likeness_N > threshold.tau, [str(n) for n in range(300)]).low <= 0.01
@@ -158,12 +158,12 @@ def test_planted_copies_of_real_scans_are_found_at_one_percent_false_positives(n
     torch.set_num_threads(1)
     network = fit(CopyDetection(), tensor(scans.train))
     torch.set_num_threads(before)
-    detectors: dict[str, Detector] = {"encoder": Embeddings(embedding(network), scans.train)}
+    detectors: dict[str, Detector] = {"encoder": Embeddings.of(embedding(network), scans.train)}
     detectors |= {name: peer(scans.train) for name, peer in PEERS.items()}
-    recall, false = {}, {}
+    recall, false, rows = {}, {}, range(len(scans.train))
     for name, detector in detectors.items():
         threshold = calibrate(detector(scans.calibration).likeness_N, scans.calibration_patients, 0.01, detector.scale)
-        found = power(detector, threshold, scans.train, scans.train_patients, SLIGHT)
+        found = power(detector, threshold, scans.train, rows, scans.train_patients, SLIGHT)
         recall[name] = min(one.recall.value for one in found)
         false[name] = clustered_share(detector(scans.check).likeness_N > threshold.tau, scans.check_patients)
     assert recall["encoder"] >= 0.98

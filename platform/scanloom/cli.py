@@ -118,6 +118,12 @@ def generate(context: typer.Context, recipe: _Recipe, overrides: _Overrides = No
     _run_recipe("generate", context, recipe, overrides)
 
 
+@app.command(context_settings=_PASSED_ON)
+def audit(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
+    """Dataset -> audit: copies of training scans, likeness to real ones; the evidence that a release needs."""
+    _run_recipe("audit", context, recipe, overrides)
+
+
 @app.command(context_settings=_PASSED_ON, add_help_option=False)
 def demo(context: typer.Context) -> None:
     """Run the whole system on phantoms, with a store of its own: no data, no account. `demo --help` says more."""

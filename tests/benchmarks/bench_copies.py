@@ -31,13 +31,15 @@ def measure(scans: Squares, settings: CopyDetection, seed: int) -> dict[str, dic
     started = time.monotonic()
     network = fit(settings, torch.from_numpy(scans.train)[:, None] * 2.0 - 1.0, seed)
     print(f"seed {seed}: trained on {len(scans.train)} scans in {time.monotonic() - started:.0f} s", flush=True)
-    detectors: dict[str, Detector] = {"encoder": Embeddings(embedding(network), scans.train)}
+    detectors: dict[str, Detector] = {"encoder": Embeddings.of(embedding(network), scans.train)}
     detectors |= {name: peer(scans.train) for name, peer in PEERS.items()}
     told: dict[str, dict[str, float]] = {}
     for name, detector in detectors.items():
         threshold = calibrate(detector(scans.calibration).likeness_N, scans.calibration_patients, scale=detector.scale)
         false = detector(scans.check).likeness_N > threshold.tau
-        found = power(detector, threshold, scans.train, scans.train_patients, (*SLIGHT, *STRONG))
+        found = power(
+            detector, threshold, scans.train, range(len(scans.train)), scans.train_patients, (*SLIGHT, *STRONG)
+        )
         told[name] = {one.plant: one.recall.value for one in found}
         told[name]["false positives"] = float(false.mean())
         told[name]["lowest slight recall"] = min(told[name][plant.name] for plant in SLIGHT)

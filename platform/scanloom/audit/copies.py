@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,6 @@ Squares = NDArray[np.float32]
 
 _BLOCK_VALUES = 2**22
 _CARLINI_NEAREST, _CARLINI_ALPHA = 50, 0.5
-PLANTED_SCANS = 512
 _LEAST_FOR_BOUND = 10
 
 
@@ -73,10 +72,18 @@ class Embeddings:
 
     scale = CORRELATION
 
-    def __init__(self, embed: Callable[[Squares], NDArray[np.float32]], train_RSS: Squares) -> None:
+    def __init__(
+        self, embed: Callable[[Squares], NDArray[np.float32]], plain_RD: NDArray[np.float32],
+        mirrored_RD: NDArray[np.float32],
+    ) -> None:  # fmt: skip
         self._embed = embed
-        self._index_RD = np.concatenate([embed(train_RSS), embed(np.ascontiguousarray(train_RSS[:, :, ::-1]))])
-        self._scans = len(train_RSS)
+        self._index_RD = np.concatenate([plain_RD, mirrored_RD])
+        self._scans = len(plain_RD)
+
+    @classmethod
+    def of(cls, embed: Callable[[Squares], NDArray[np.float32]], train_RSS: Squares) -> Self:
+        """The detector of training scans that are all in memory."""
+        return cls(embed, embed(train_RSS), embed(np.ascontiguousarray(train_RSS[:, :, ::-1])))
 
     def __call__(self, images_NSS: Squares) -> Found:
         return self.look_up(self._embed(images_NSS))
@@ -278,23 +285,24 @@ class Recall:
 def power(
     detector: Detector,
     threshold: Threshold,
-    train_RSS: Squares,
+    scans_NSS: Squares,
+    rows: Sequence[int],
     patients: Sequence[str],
     plants: Sequence[Plant],
-    *,
-    scans: int = PLANTED_SCANS,
-    seed: int = 0,
 ) -> tuple[Recall, ...]:
-    """How many copies of at most `scans` training scans are found, for each way of planting them."""
-    rows = np.sort(np.random.default_rng(seed).permutation(len(train_RSS))[:scans])
+    """How many copies of some training scans are found, for each way of planting them.
+
+    `rows`: which of the training scans that the detector knows these are; `patients`: whose each of those is.
+    """
     owners = np.asarray(patients)
+    own = owners[np.asarray(rows, dtype=np.int64)]
     found = []
     for plant in plants:
-        told = detector(plant.change(train_RSS[rows]))
+        told = detector(plant.change(scans_NSS))
         hits = told.likeness_N > threshold.tau
-        traced = hits & (owners[told.row_N] == owners[rows])
-        recall = clustered_share(hits, owners[rows].tolist())
-        found.append(Recall(plant.name, plant.strength, recall, float(traced.mean()), len(rows)))
+        traced = hits & (owners[told.row_N] == own)
+        recall = clustered_share(hits, own.tolist())
+        found.append(Recall(plant.name, plant.strength, recall, float(traced.mean()), len(scans_NSS)))
     return tuple(found)
 
 

@@ -1,0 +1,384 @@
+"""From a dataset and the corpus behind it to an audit's files: read once in pieces, embedded, compared, told.
+
+What is kept of an image is its embedding, its spectrum and its grey levels; pixels only of samples. So memory grows by
+about 2 KB an image, whatever its size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from scanloom.artefact import Artefact, FileEntry, open_artefact
+from scanloom.attributes import Attributes, AttributeSchema, describe
+from scanloom.audit.appearance import (
+    LEVELS,
+    Curves,
+    grey_levels,
+    level_distance,
+    likeness,
+    pairs_within,
+    radial_power,
+    spectral_distance,
+)
+from scanloom.audit.contact_sheet import SheetRow, Tile, contact_sheet
+from scanloom.audit.copies import (
+    PEERS,
+    Embeddings,
+    Found,
+    Recall,
+    Threshold,
+    calibrate,
+    copy_rates,
+    most_alike,
+    power,
+)
+from scanloom.audit.fidelity import Embedded, fidelity
+from scanloom.audit.intervals import Estimate, clustered_share, share
+from scanloom.audit.page import Likenesses, page
+from scanloom.audit.plants import SLIGHT, STRONG
+from scanloom.audit.report import PAGE, PRIVATE, REPORT, Beside, Copies, Interval, Peer, PlantedRecall, Report, Subject
+from scanloom.errors import ArtefactError
+from scanloom.models.copy_encoder import EMBED_ROWS, embedding, load_copy_encoder, square_of
+from scanloom.recipe_audit import Audit
+from scanloom.sampling.dataset import IMAGES
+from scanloom.shards.reader import read_parquet
+from scanloom.shards.writer import image_pixels, png_pixels
+from scanloom.store import Store
+
+ENCODER = "copies/encoder.safetensors"
+PAIRS = f"{PRIVATE}/pairs.png"
+_SAMPLE = 512
+_LIKENESS_PAIRS = 200
+_SHOWN, _COLUMNS = 24, 8
+_TILE_PX = 96
+
+Embed = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+class AuditJob(BaseModel):
+    """What whoever measures is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: Audit
+    seed: int
+    corpus_uri: str
+    dataset_uri: str
+    audit_uri: str
+    size_px: int
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is kept of some images, in the order of their ids."""
+
+    vectors_ND: NDArray[np.float32]
+    mirrored_ND: NDArray[np.float32]
+    spectra_NK: NDArray[np.float64]
+    levels_NL: NDArray[np.float64]
+    owners: list[str]
+    """Patients; of synthetic images their own ids."""
+    attributes: list[Attributes]
+    sample_MSS: NDArray[np.float32]
+    sample: list[int]
+    """Which of the images the sample's are."""
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    @property
+    def embedded(self) -> Embedded:
+        return Embedded.of(self.vectors_ND, self.owners)
+
+    def curves(self, rows_NK: NDArray[np.float64]) -> Curves:
+        return Curves(rows_NK, self.owners)
+
+    def of(self, chosen: NDArray[np.bool_]) -> Seen:
+        """The part of it that is chosen."""
+        places = np.flatnonzero(chosen).tolist()
+        number = {place: number for number, place in enumerate(places)}
+        kept = [place in number for place in self.sample]
+        return Seen(
+            self.vectors_ND[chosen], self.mirrored_ND[chosen], self.spectra_NK[chosen], self.levels_NL[chosen],
+            [self.owners[place] for place in places], [self.attributes[place] for place in places],
+            self.sample_MSS[kept], [number[place] for place in self.sample if place in number],
+        )  # fmt: skip
+
+
+def see(
+    artefact: Artefact, folder: str, schema: AttributeSchema, embed: Embed, size_px: int, most: int,
+    sample: int = _SAMPLE,
+) -> Seen:  # fmt: skip
+    """At most `most` images of an artefact's folder, spread over all of it; ArtefactError for a damaged shard."""
+    total = sum(_rows_of(artefact, entry) for entry in _shards(artefact, folder))
+    stride = max(1, math.ceil(total / most))
+    kept_every = max(1, math.ceil(total / stride / sample))
+    parts: list[list[Any]] = [[], [], [], []]
+    owners: list[str] = []
+    attributes: list[Attributes] = []
+    kept: list[NDArray[np.float32]] = []
+    places: list[int] = []
+    for batch in _batches(_chosen(artefact, folder, stride)):
+        squares = np.stack([_square(row, folder, size_px) for row in batch])
+        mirrored = np.ascontiguousarray(squares[:, :, ::-1])
+        for part, value in zip(
+            parts, (embed(squares), embed(mirrored), radial_power(squares), grey_levels(squares)), strict=True
+        ):
+            part.append(value)
+        for row, square in zip(batch, squares, strict=True):
+            if len(owners) % kept_every == 0:
+                kept.append(square)
+                places.append(len(owners))
+            owners.append(row["id"] if folder == IMAGES else row["patient"])
+            attributes.append(schema.from_row(row))
+    if not owners:
+        empty = np.zeros((0, size_px, size_px), np.float32)
+        curves = np.zeros((0, size_px // 2 - 1)), np.zeros((0, LEVELS))
+        return Seen(embed(empty), embed(empty), *curves, [], [], empty, [])
+    return Seen(*(np.concatenate(part) for part in parts), owners, attributes, np.stack(kept), places)
+
+
+def make_audit(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Measure a dataset and write its audit's files; their entries. `config` is an AuditJob as a dict.
+
+    The encoder lies at ENCODER in the audit's folder already. ArtefactError where the corpus has too few held-out
+    patients to calibrate and to check.
+    """
+    job = AuditJob.model_validate(config)
+    started = time.monotonic()
+    corpus, dataset = open_artefact(job.corpus_uri, "corpus"), open_artefact(job.dataset_uri, "dataset")
+    target = Store(job.audit_uri)
+    network = load_copy_encoder(target.read(ENCODER), job.channels, job.settings.copies.width, target.uri_of(ENCODER))
+    embed = embedding(network)
+    schema = AttributeSchema.model_validate(corpus.manifest.statistics["schema"])
+    asked = AttributeSchema.model_validate(dataset.manifest.statistics["spec"]["attributes"])
+
+    def real(split: str) -> Seen:
+        return see(corpus, split, schema, embed, job.size_px, job.settings.copies.max_scans)
+
+    train = real("train")
+    calibration, check = _held_out(corpus, real)
+    images = see(dataset, IMAGES, asked, embed, job.size_px, job.settings.images)
+    if not len(images):
+        raise ArtefactError(f"{dataset.uri}: holds no images to audit")
+    detector = Embeddings(embed, train.vectors_ND, train.mirrored_ND)
+    threshold = calibrate(
+        detector.look_up(calibration.vectors_ND).likeness_N, calibration.owners,
+        job.settings.copies.false_positive_share, detector.scale,
+    )  # fmt: skip
+    found, held_out = detector.look_up(images.vectors_ND), detector.look_up(check.vectors_ND)
+    copies = _copies(job, detector, threshold, train, calibration, check, images, found, held_out)
+    report = Report(
+        subject=Subject(
+            name=dataset.manifest.name, dataset=dataset.digest, corpus=corpus.digest,
+            images=dataset.manifest.statistics["rows"], looked_at=len(images),
+        ),
+        copies=copies, fidelity=_fidelity(images, train, check), appearance=_appearance(images, train, check),
+        seconds=time.monotonic() - started,
+    )  # fmt: skip
+    planted = detector(SLIGHT[-1].change(train.sample_MSS)).likeness_N
+    sheet = contact_sheet(
+        f"{dataset.manifest.name}: synthetic images",
+        _rows([_tile(images, place) for place in range(min(_SHOWN, len(images.sample)))]),
+        tile_px=_TILE_PX,
+    )
+    told = page(report, Likenesses(threshold.tau, held_out.likeness_N, found.likeness_N, planted), sheet)
+    files = {
+        REPORT: report.model_dump_json(indent=1).encode(),
+        PAGE: told.encode(),
+        PAIRS: _pairs(job, corpus, dataset, found),
+    }
+    entries = [FileEntry.of(target.digest(ENCODER))]
+    for path, data in files.items():
+        target.write(path, data)
+        entries.append(FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
+    return [entry.model_dump() for entry in entries]
+
+
+def _held_out(corpus: Artefact, real: Callable[[str], Seen]) -> tuple[Seen, Seen]:
+    """Scans to calibrate with, and of other patients to check on: holdout and validation, or the halves of either."""
+    splits = [split for split in ("holdout", "validation") if list(_shards(corpus, split))]
+    seen = [one for one in map(real, splits) if len(one)]
+    if len(seen) == 2:
+        return seen[0], seen[1]
+    if not seen or len(set(seen[0].owners)) < 2:
+        raise ArtefactError(
+            f"{corpus.uri}: has scans of fewer than two held-out patients, so that nothing tells a copy from a chance "
+            "likeness; prepare more scans, or change prepare.split"
+        )
+    order = sorted(set(seen[0].owners), key=lambda owner: hashlib.sha256(owner.encode()).digest())
+    first = set(order[: (len(order) + 1) // 2])
+    chosen = np.array([owner in first for owner in seen[0].owners])
+    return seen[0].of(chosen), seen[0].of(~chosen)
+
+
+def _copies(
+    job: AuditJob, detector: Embeddings, threshold: Threshold, train: Seen, calibration: Seen, check: Seen,
+    images: Seen, found: Found, held_out: Found,
+) -> Copies:  # fmt: skip
+    settings = job.settings.copies
+    planted = slice(0, settings.planted_scans)
+    recalls = power(
+        detector, threshold, train.sample_MSS[planted], train.sample[planted], train.owners, (*SLIGHT, *STRONG)
+    )
+    rates = copy_rates(threshold, found, held_out, check.owners)
+    same, other = detector.among_train(train.owners)
+    company = np.isfinite(same)
+    return Copies(
+        tau=threshold.tau, asked=threshold.asked, promised=threshold.promised, at_most=threshold.at_most,
+        calibration_patients=threshold.patients, calibration_scans=threshold.scans, train_scans=len(train),
+        power=tuple(_recall(one) for one in recalls), synthetic_rate=Interval.of(rates.synthetic),
+        synthetic_copies=rates.copies, copied_scans=rates.copied_scans, held_out_rate=Interval.of(rates.held_out),
+        held_out_scans=rates.held_out_scans, excess=rates.excess,
+        same_patient_found=float((same[company] > threshold.tau).mean()) if company.any() else None,
+        other_patient_found=float((other > threshold.tau).mean()),
+        peers=_peers(train, calibration, check, images, settings.false_positive_share),
+    )  # fmt: skip
+
+
+def _recall(found: Recall) -> PlantedRecall:
+    strength: Any = found.strength
+    return PlantedRecall(
+        plant=found.plant, strength=strength, recall=Interval.of(found.recall), traced=found.traced,
+        copies=found.copies,
+    )  # fmt: skip
+
+
+def _peers(train: Seen, calibration: Seen, check: Seen, images: Seen, asked: float) -> tuple[Peer, ...]:
+    """What others would have found, on the samples alone: they need pixels."""
+    told: list[Peer] = []
+    if not all(one.sample for one in (train, calibration, check, images)):
+        return ()
+    owners = [train.owners[place] for place in train.sample]
+    for name, peer in PEERS.items():
+        detector = peer(train.sample_MSS)
+        theirs = [calibration.owners[place] for place in calibration.sample]
+        threshold = calibrate(detector(calibration.sample_MSS).likeness_N, theirs, asked, detector.scale)
+        recalls = power(detector, threshold, train.sample_MSS, range(len(owners)), owners, SLIGHT)
+        others = [check.owners[place] for place in check.sample]
+        copies = detector(images.sample_MSS).likeness_N > threshold.tau
+        false = clustered_share(detector(check.sample_MSS).likeness_N > threshold.tau, others)
+        told.append(Peer(
+            name=name, lowest_slight_recall=min(one.recall.value for one in recalls),
+            copy_rate=Interval.of(share(int(copies.sum()), len(copies))), held_out_rate=Interval.of(false),
+        ))  # fmt: skip
+    return tuple(told)
+
+
+def _fidelity(images: Seen, train: Seen, check: Seen) -> dict[str, Beside] | None:
+    """None where there are too few images or patients for neighbourhoods."""
+    try:
+        told = fidelity(images.embedded, train.embedded, check.embedded)
+    except ValueError:
+        return None
+    return {name: _beside(one.synthetic, one.baseline, one.images) for name, one in told.items()}
+
+
+def _appearance(images: Seen, train: Seen, check: Seen) -> dict[str, Beside]:
+    spectra = [spectral_distance(one.curves(one.spectra_NK), check.curves(check.spectra_NK)) for one in (images, train)]
+    levels = [level_distance(one.curves(one.levels_NL), check.curves(check.levels_NL)) for one in (images, train)]
+    told = {
+        "spectrum (dB)": _beside(*spectra, len(images)),
+        "grey levels (share of range)": _beside(*levels, len(images)),
+    }
+    for name, by_cell in (("MS-SSIM of any two", False), ("MS-SSIM of two of a cell", True)):
+        alike = []
+        for one in (images, train):
+            owners = [one.owners[place] for place in one.sample]
+            cells = [describe(one.attributes[place]) if by_cell else "" for place in one.sample]
+            pairs = pairs_within(cells, owners, _LIKENESS_PAIRS)
+            alike.append(likeness(one.sample_MSS, pairs) if len(pairs) else None)
+        if alike[0] is not None and alike[1] is not None:
+            told[name] = _beside(alike[0], alike[1], len(images.sample))
+    return told
+
+
+def _beside(synthetic: Estimate, baseline: Estimate, images: int) -> Beside:
+    return Beside(synthetic=Interval.of(synthetic), baseline=Interval.of(baseline), images=images)
+
+
+def _pairs(job: AuditJob, corpus: Artefact, dataset: Artefact, found: Found) -> bytes:
+    """The images most alike to a training scan beside it, as a PNG for those who may see scans."""
+    pairs = most_alike(found, job.settings.pairs)
+    images = _squares_at(dataset, IMAGES, job.settings.images, [image for image, _, _ in pairs], job.size_px)
+    scans = _squares_at(corpus, "train", job.settings.copies.max_scans, [scan for _, scan, _ in pairs], job.size_px)
+    rows = [
+        SheetRow(f"likeness {alike:.3f}", [_plain(scans[scan])], [_plain(images[image])])
+        for image, scan, alike in pairs
+    ]
+    return contact_sheet("training scan and the image most alike to it: never hand this out", rows, tile_px=_TILE_PX)
+
+
+def _squares_at(
+    artefact: Artefact, folder: str, most: int, places: Sequence[int], size_px: int
+) -> dict[int, NDArray[np.float32]]:
+    total = sum(_rows_of(artefact, entry) for entry in _shards(artefact, folder))
+    wanted = set(places)
+    chosen = enumerate(_chosen(artefact, folder, max(1, math.ceil(total / most))))
+    return {place: _square(row, folder, size_px) for place, row in chosen if place in wanted}
+
+
+def _rows(tiles: Sequence[Tile]) -> list[SheetRow]:
+    return [SheetRow("", tiles[start : start + _COLUMNS], []) for start in range(0, len(tiles), _COLUMNS)]
+
+
+def _plain(square_SS: NDArray[np.float32]) -> Tile:
+    return Tile(np.round(square_SS * 255).astype(np.uint8), {})
+
+
+def _tile(seen: Seen, place: int) -> Tile:
+    pixels = np.round(seen.sample_MSS[place] * 255).astype(np.uint8)
+    return Tile(pixels, seen.attributes[seen.sample[place]])
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+def _shards(artefact: Artefact, folder: str) -> Iterator[FileEntry]:
+    yield from (entry for entry in artefact.files(folder) if entry.path.endswith(".parquet"))
+
+
+def _rows_of(artefact: Artefact, entry: FileEntry) -> int:
+    rows: int = pq.read_metadata(artefact.store.path(entry.path), filesystem=artefact.store.filesystem).num_rows
+    return rows
+
+
+def _chosen(artefact: Artefact, folder: str, stride: int) -> Iterator[dict[str, Any]]:
+    """Every `stride`-th row; one shard in memory at a time."""
+    number = 0
+    for entry in _shards(artefact, folder):
+        table = read_parquet(artefact.store, entry)
+        first = -number % stride
+        for place in range(first, len(table), stride):
+            yield table.slice(place, 1).to_pylist()[0]
+        number += len(table)
+
+
+def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == EMBED_ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _square(row: Mapping[str, Any], folder: str, size_px: int) -> NDArray[np.float32]:
+    if folder == IMAGES:
+        return square_of(image_pixels(row), row["bits_stored"], size_px)
+    pixels = png_pixels(row["image"]["bytes"])
+    # A corpus uses the whole range of the type.
+    return square_of(pixels, 8 * pixels.itemsize, size_px)

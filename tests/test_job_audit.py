@@ -1,0 +1,159 @@
+"""jobs.audit on real Ray: changed training scans are caught and refused release, an honest dataset may leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from jobs.audit import audit
+from scanloom.artefact import Artefact, open_artefact, publish, verify
+from scanloom.audit.bundle import KeyFile, check
+from scanloom.audit.measuring import PAIRS
+from scanloom.audit.policy import read_policy
+from scanloom.audit.release import Request, release
+from scanloom.audit.report import PAGE, REPORT, Report, read_report
+from scanloom.errors import ArtefactError, RecipeError, ReleaseRefused
+from scanloom.recipe import Generate, Recipe, parse_recipe
+from scanloom.sampling.dataset import rows_to_bytes, write_shard
+from scanloom.sampling.plan import compile_plan, specify
+from scanloom.scans.phantoms import phantom
+from scanloom.shards.commit import ShardCommit
+from scanloom.store import Store
+from tests.phantom_corpus import ATTRIBUTES, SIZE, publish_corpus
+from tests.released import POLICY, generator
+
+pytestmark = pytest.mark.ray
+SCANS, IMAGES = 480, 90
+COPIES = {"size_px": SIZE, "channels": [16, 32, 64], "width": 64, "steps": 150, "batch_size": 48, "planted_scans": 100}
+
+
+def recipe(store: Path, dataset: str) -> Recipe:
+    tree: dict[str, Any] = {
+        "name": "tiny", "store": str(store), "seed": 3, "audit": {"copies": COPIES},
+        "attributes": [attribute.model_dump(mode="json") for attribute in ATTRIBUTES],
+        "generate": {"dataset": dataset, "images": IMAGES},
+    }  # fmt: skip
+    return parse_recipe(tree, "test")
+
+
+def publish_dataset(uri: str, of: Artefact, corpus: Artefact, image: Callable[[int], np.ndarray[Any, Any]]) -> Artefact:
+    """A dataset whose image n is `image(n)`, uint8 [SIZE, SIZE]."""
+    settings = Generate(images=IMAGES, images_per_shard=40, slots=4, steps=2)
+    plan = compile_plan(specify(settings, "tiny", of.digest, corpus.manifest.statistics))
+    store, files = Store(uri), []
+    for shard in range(plan.shards):
+        rows = plan.rows(shard)
+        pixels = np.stack([image(index) for index in rows["index"].to_pylist()])
+        told = {"shard": shard, "rows": rows_to_bytes(rows), "pixels": pixels.tobytes(), "height": SIZE, "width": SIZE}
+        row = write_shard(told | {"engine_s": 0.0, "environment": {}}, plan.spec, store)
+        files += list(ShardCommit.model_validate_json(row["commit"]).files.values())
+    statistics = {"spec": plan.spec.model_dump(mode="json"), "rows": IMAGES}
+    return publish(store, kind="dataset", name="d", recipe={}, inputs=[of], files=files, statistics=statistics)
+
+
+def memorised(index: int) -> np.ndarray[Any, Any]:
+    """Of every two images one is a training scan, mirrored."""
+    if index % 2:
+        return honest(index)
+    # Every fourth scan of the corpus is held out.
+    return np.ascontiguousarray(phantom(11, index // 2 * 4, SIZE).pixels[:, ::-1])
+
+
+def honest(index: int) -> np.ndarray[Any, Any]:
+    return phantom(77, index, SIZE).pixels
+
+
+@pytest.fixture(scope="module")
+def audited(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the audits of a memorising and of an honest dataset."""
+    folder = tmp_path_factory.mktemp("audited")
+    corpus = publish_corpus(f"{folder}/corpus", scans=SCANS)
+    of = generator(f"{folder}/generator", corpus)
+    for name, image in (("memorised", memorised), ("honest", honest)):
+        publish_dataset(f"{folder}/{name}", of, corpus, image)
+        audit(recipe(folder, name))
+    return folder
+
+
+def told(folder: Path, name: str) -> Report:
+    made = open_artefact(f"{folder}/{name}-audit", "audit")
+    return read_report(made.store.read(REPORT), "report")
+
+
+def test_an_audit_is_an_artefact_of_its_dataset_and_corpus(audited: Path) -> None:
+    made = open_artefact(f"{audited}/honest-audit", "audit")
+    inputs = {entry.role: entry.digest for entry in made.manifest.inputs}
+    assert inputs["dataset"] == open_artefact(f"{audited}/honest").digest
+    assert inputs["corpus"] == open_artefact(f"{audited}/corpus").digest
+    assert list(verify(made)) == []
+    audit(recipe(audited, "honest"))
+    assert open_artefact(made.uri).manifest.created_at == made.manifest.created_at
+
+
+def test_copies_are_counted_and_an_honest_dataset_is_told_apart(audited: Path) -> None:
+    bad, good = told(audited, "memorised").copies, told(audited, "honest").copies
+    assert bad is not None
+    assert good is not None
+    assert bad.excess
+    assert IMAGES // 2 <= bad.synthetic_copies <= IMAGES // 2 + 3
+    assert bad.copied_scans >= IMAGES // 2
+    assert not good.excess
+    assert good.synthetic_copies <= 3
+    assert good.train_scans == SCANS * 3 // 4
+    assert good.calibration_patients + good.held_out_scans == SCANS // 4
+    recalls = {one.plant: one.recall.value for one in good.power}
+    assert recalls["as it is"] == recalls["mirrored"] == 1.0
+    assert {peer.name for peer in good.peers} == {"pixel L2", "Pearson", "Carlini ratio"}
+
+
+def test_figures_stand_beside_real_against_real(audited: Path) -> None:
+    report = told(audited, "honest")
+    assert report.fidelity is not None
+    assert report.appearance is not None
+    assert {"frechet", "kid", "precision", "recall", "density", "coverage"} == set(report.fidelity)
+    assert "spectrum (dB)" in report.appearance
+    kid = report.fidelity["kid"]
+    assert kid.baseline.low is not None
+    assert kid.baseline.high is not None
+    assert kid.baseline.low < 0.05
+    assert (report.subject.looked_at, report.subject.images) == (IMAGES, IMAGES)
+
+
+def test_the_page_says_first_what_matters_and_needs_nothing_else(audited: Path) -> None:
+    page = Path(f"{audited}/memorised-audit/{PAGE}").read_text()
+    assert page.index("Does it contain anybody's scan?") < page.index("Yes, it seems to") < page.index("<table>")
+    assert "://" not in page
+    assert page.count("data:image/png;base64,") == 2
+    assert Path(f"{audited}/memorised-audit/{PAIRS}").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_memorising_dataset_is_refused_and_an_honest_one_leaves(audited: Path) -> None:
+    # A tiny encoder of tiny phantoms: what it must find is set to what it can.
+    text = (POLICY + "copies: {least_recall: 0.0, most_copy_rate: 0.1}\n").encode()
+    key = KeyFile(Ed25519PrivateKey.generate())
+
+    def bundle(name: str) -> Artefact:
+        dataset = open_artefact(f"{audited}/{name}", "dataset")
+        target = Store(f"{audited}/{name}-bundle")
+        return release(Request(dataset, f"{dataset.uri}-audit", read_policy(text, "p"), text, target), key)
+
+    with pytest.raises(
+        ReleaseRefused, match=r"copies.more than among held-out patients: yes, the policy's limit is no"
+    ):
+        bundle("memorised")
+    made = bundle("honest")
+    assert check(made.store, key.public_key).problems == ()
+    assert not made.store.exists(f"audit/{PAIRS}")
+
+
+def test_what_cannot_be_audited_is_refused(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no `generate` section"):
+        audit(recipe(tmp_path, "d").model_copy(update={"generate": None}))
+    publish_corpus(f"{tmp_path}/corpus", scans=8)
+    with pytest.raises(ArtefactError, match="no artefact here"):
+        audit(recipe(tmp_path, "d"))
