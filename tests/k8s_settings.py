@@ -184,8 +184,17 @@ def _generate(recipe: Recipe) -> Need:
     )  # fmt: skip
 
 
+def _audit(recipe: Recipe) -> Need:
+    section = recipe.audit.copies
+    return Need(
+        section.workers * section.cpus_per_worker + 1, section.workers * section.use_gpu,
+        section.cpus_per_worker, float(section.use_gpu),
+    )  # fmt: skip
+
+
 NEEDS: Mapping[str, Callable[[Recipe], Need]] = {
     "prepare": _prepare, "encode": _encode, "finetune": _finetune, "generate": _generate,
+    "audit": _audit,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests import k8s_rules, k8s_settings
-from tests.k8s_schema import DEFINITIONS, kuberay_versions
+from tests.k8s_schema import DEFINITIONS, core_faults, kuberay_versions
 from tests.k8s_site import GPU, ROOT, Site, kubectl, objects, rendered, site
 
 K8S = ROOT / "k8s"
@@ -55,10 +55,19 @@ def test_what_is_for_1_7_alone_is_refused_by_1_6() -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", ["base", *(f"jobs/{name}" for name in ("prepare", "encode", "finetune", "generate"))]
+    "folder",
+    [
+        "base",
+        "components/kueue/queues",
+        *(f"jobs/{name}" for name in ("prepare", "encode", "finetune", "generate", "audit")),
+    ],
 )
 def test_parts_render_by_themselves(folder: str) -> None:
-    assert objects(K8S / folder)
+    things = objects(K8S / folder)
+    assert things
+    assert not [
+        fault for thing in things if not thing["apiVersion"].startswith("ray.io/") for fault in core_faults(thing)
+    ]
 
 
 def test_the_base_serves_what_the_committed_config_file_says() -> None:

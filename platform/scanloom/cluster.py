@@ -93,6 +93,7 @@ def gpus_needed(recipe: Recipe) -> float:
         encode.workers * encode.gpus_per_worker,
         autoencoder.workers * autoencoder.use_gpu if autoencoder.path is None else 0,
         recipe.generate.engines * recipe.generate.gpus_per_engine if recipe.generate else 0,
+        recipe.audit.copies.workers * recipe.audit.copies.use_gpu,
     ]
     return float(max(steps))
 
