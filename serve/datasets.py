@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Query
@@ -14,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from scanloom.api import DatasetJob, DatasetRequest
-from scanloom.errors import ArtefactError, BusyError
+from scanloom.errors import ArtefactError
 from serve.access import Caller
 from serve.audit_log import Entry
 from serve.body import read_body
@@ -24,18 +23,17 @@ from serve.ledger import Ledger
 from serve.parts import Parts
 from serve.pictures import JSON, PARQUET
 from serve.problem import Refusal, refusal_of
+from serve.turns import Turns
 
 Result = TypeVar("Result")
 
-MOST_WAITING = 64
-"""Calls of the ledger that wait for the store at once; further ones are refused."""
-_THREADS = 8
+MOST_LISTED = 200
+"""Datasets on a page: each costs the store some reads."""
 _SUFFIXES = {"json": JSON, "parquet": PARQUET, "tar": "application/x-tar"}
 _OTHER = "application/octet-stream"
 FILE_TYPES = (*_SUFFIXES.values(), _OTHER)
 """Media types of a dataset's files."""
-_RETRY_S = 2.0
-Limit = Annotated[int, Query(ge=1, le=1000, description="Datasets on a page.")]
+Limit = Annotated[int, Query(ge=1, le=MOST_LISTED, description="Datasets on a page.")]
 After = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="`next` of the page before.")]
 
 
@@ -44,9 +42,7 @@ class Datasets:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ledger")
-        self._waiting = 0
-        self._placing: dict[str, asyncio.Lock] = {}
+        self._turns = Turns()
 
     async def post(self, request: Request) -> Response:
         """Accept an order: 202, or 200 with the dataset that the same Idempotency-Key ordered before."""
@@ -64,29 +60,29 @@ class Datasets:
             self._note(request, caller, refusal_of(error).kind)
             raise
         self._note(request, caller, "done" if new else "known", job)
-        return _answer(job, 202 if new else 200, {"Location": f"/v1/datasets/{job.id}"})
+        return _answer(job.model_dump_json(), 202 if new else 200, {"Location": f"/v1/datasets/{job.id}"})
 
     async def list(self, request: Request, limit: Limit = 100, after: After = None) -> Response:
         """The datasets that were ordered, newest first."""
-        return _answer(await self._call(self._ledger.jobs, _tenant(request), limit, after))
+        return _answer(await self._call(request, _dumped, self._ledger.jobs, _tenant(request), limit, after))
 
     async def get(self, request: Request, id: str) -> Response:
         """Where a dataset stands."""
-        return _answer(await self._call(self._ledger.find, _tenant(request), id))
+        return _answer(await self._call(request, _dumped, self._ledger.find, _tenant(request), id))
 
     async def cancel(self, request: Request, id: str) -> Response:
         """End a dataset that is not finished; what is made of it stays unfinished in the store."""
-        job = await self._call(self._ledger.cancel, _tenant(request), id)
+        job = await self._call(request, self._ledger.cancel, _tenant(request), id)
         self._note(request, _caller(request), "done", job, action="cancel")
-        return _answer(job)
+        return _answer(job.model_dump_json())
 
     async def result(self, request: Request, id: str) -> Response:
         """The files of a finished dataset, and where each can be read."""
-        return _answer(await self._call(self._ledger.result, _tenant(request), id))
+        return _answer(await self._call(request, _dumped, self._ledger.result, _tenant(request), id))
 
     async def file(self, request: Request, id: str, path: str) -> Response:
         """A file of a finished dataset in a store that is a local folder."""
-        first, rest = await self._call(_begun, self._ledger, _tenant(request), id, path)
+        first, rest = await self._call(request, _begun, self._ledger, _tenant(request), id, path)
 
         def content() -> Iterator[bytes]:
             yield first
@@ -98,14 +94,14 @@ class Datasets:
     async def _placed(
         self, caller: Caller, body: DatasetRequest, request: Request, key: str | None
     ) -> tuple[DatasetJob, bool]:
-        order = (caller.tenant, body, request.state.request, key)
+        ledger, order = self._ledger, (caller.tenant, body, request.state.request, key)
         # One at a time, so that the jobs that are counted are those that are there.
-        async with self._placing.setdefault(caller.tenant, asyncio.Lock()):
-            if key is not None and await self._call(self._ledger.ordered, caller.tenant, key) is not None:
-                return await self._call(self._ledger.place, *order)
-            open_jobs = await self._call(self._ledger.open_jobs, caller.tenant)
+        async with self._turns.of(caller.tenant) as line, line.alone:
+            if key is not None and await line.call(ledger.ordered, caller.tenant, key) is not None:
+                return await line.call(ledger.place, *order)
+            open_jobs = await line.call(ledger.open_jobs, caller.tenant)
             with self._parts.quotas.charge_dataset(caller, body.images, open_jobs) as charge:
-                job, new = await self._call(self._ledger.place, *order)
+                job, new = await line.call(ledger.place, *order)
                 if new:
                     charge.made(body.images)
                 return job, new
@@ -116,15 +112,10 @@ class Datasets:
             raise Refusal("not-found", "this service takes no orders for datasets")
         return self._parts.ledger
 
-    async def _call(self, method: Callable[..., Result], *arguments: Any) -> Result:
-        """What a blocking method gives, in a thread. Raises BusyError where too many wait for one."""
-        if self._waiting >= MOST_WAITING:
-            raise BusyError("too many requests wait for the store; ask again", _RETRY_S)
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, method, *arguments)
-        finally:
-            self._waiting -= 1
+    async def _call(self, request: Request, method: Callable[..., Result], *arguments: Any) -> Result:
+        """What a blocking method gives, in its turn. Raises BusyError where too many of the tenant's wait."""
+        async with self._turns.of(request.state.caller.tenant) as line:
+            return await line.call(method, *arguments)
 
     def _note(
         self, request: Request, caller: Caller, outcome: str, job: DatasetJob | None = None, action: str = "dataset"
@@ -156,5 +147,10 @@ def _begun(ledger: Ledger, tenant: str | None, id: str, path: str) -> tuple[byte
     return next(pieces, b""), pieces
 
 
-def _answer(model: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(model.model_dump_json(), status, headers, JSON)
+def _dumped(method: Callable[..., BaseModel], *arguments: Any) -> str:
+    """What a method gives, as JSON: of a large dataset's result that takes a while too."""
+    return method(*arguments).model_dump_json()
+
+
+def _answer(text: str, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(text, status, headers, JSON)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -60,7 +63,14 @@ class State(Answer):
 
 def gateway(parts: Parts) -> FastAPI:
     """The application of these parts."""
-    app = FastAPI(docs_url=None, redoc_url=None, redirect_slashes=False, openapi_url=None)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        # Lines of the last seconds are still to be written.
+        await asyncio.to_thread(parts.audit.close)
+
+    app = FastAPI(docs_url=None, redoc_url=None, redirect_slashes=False, openapi_url=None, lifespan=lifespan)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _refused)
     # The last one added is the outermost.
@@ -160,6 +170,9 @@ def _add_operations(app: FastAPI, parts: Parts) -> None:
         summary="Whether the gateway answers")  # fmt: skip
     add("/readyz", readyz, response_model=State, responses=problems(*ANY, "unavailable"), openapi_extra=KEYLESS,
         summary="Whether images can be made")  # fmt: skip
+    for path, state in (("/healthz", healthz), ("/readyz", readyz)):
+        # Load balancers ask so.
+        add(path, state, methods=["HEAD"], include_in_schema=False)
     page = success(200, "In Prometheus' text format.", content={"text/plain": {}})
     add(
         "/metrics",

@@ -22,7 +22,7 @@ from serve.audit_log import Entry
 from serve.body import read_body
 from serve.catalogue import Offer, offered
 from serve.config import Limits
-from serve.intake import ClientGone
+from serve.intake import LOG, ClientGone
 from serve.parts import Parts
 from serve.pictures import DICOM, MULTIPART, Encoded, Pictures, encoded, format_of, require_describable
 from serve.problem import invalid, refusal_of
@@ -53,22 +53,27 @@ class Images:
         if accepted in (DICOM, MULTIPART):
             require_describable(offer, order, body.dicom)
         try:
-            answer = await while_connected(request, self._answered(caller, offer, order, body, accepted))
+            made, answer = await while_connected(request, self._answered(caller, offer, order, body, accepted))
         except BaseException as error:
-            self._note(caller, offer, order, _outcome(error))
+            self._note(caller, order, offer.digest, _outcome(error))
             raise
-        self._note(caller, offer, order, "done")
-        return Response(answer.body, 200, dict(answer.headers) | _headers(offer, order), answer.media_type)
+        self._note(caller, order, made.digest, "done")
+        headers = dict(answer.headers) | _headers(offer, order, made.digest)
+        return Response(answer.body, 200, headers, answer.media_type)
 
     async def _answered(
         self, caller: Caller, offer: Offer, order: ImageOrder, body: ImagesRequest, accepted: str
-    ) -> Encoded:
+    ) -> tuple[MadeImages, Encoded]:
         with self._parts.quotas.reserve(caller, order.count) as held:
             self._parts.measure.asked(order.count)
             made = await self._made(order)
             held.made(order.count)
+            if made.digest != offer.digest:
+                # Its images are named by it, its envelope is the former one's.
+                LOG.warning("generator %s was replaced since the gateway started; restart the gateway", offer.name)
             pictures = Pictures(offer, order, body.dicom, made)
-            return await asyncio.get_running_loop().run_in_executor(self._encoders, encoded, pictures, accepted)
+            loop = asyncio.get_running_loop()
+            return made, await loop.run_in_executor(self._encoders, encoded, pictures, accepted)
 
     async def _made(self, order: ImageOrder) -> MadeImages:
         try:
@@ -99,15 +104,15 @@ class Images:
             priority=body.priority,
         )
 
-    def _note(self, caller: Caller, offer: Offer, order: ImageOrder, outcome: str) -> None:
+    def _note(self, caller: Caller, order: ImageOrder, digest: str, outcome: str) -> None:
         entry = Entry(
             request=order.request,
             tenant=caller.tenant,
             who=caller.who,
             action="images",
             outcome=outcome,
-            generator=offer.name,
-            generator_digest=offer.digest,
+            generator=order.generator,
+            generator_digest=digest,
             seed=order.seed,
             first_index=order.first_index,
             count=order.count,
@@ -170,12 +175,12 @@ def _require_within(limits: Limits, body: ImagesRequest, offer: Offer) -> None:
         raise invalid("deadline_s", f"{body.deadline_s:g} is over the {limits.longest_deadline_s:g} s of a request")
 
 
-def _headers(offer: Offer, order: ImageOrder) -> dict[str, str]:
+def _headers(offer: Offer, order: ImageOrder, digest: str) -> dict[str, str]:
     """What an answer says beside its images, whatever its format."""
     return {
         "X-Seed": str(order.seed),
         "X-Generator": offer.name,
-        "X-Generator-Digest": offer.digest,
+        "X-Generator-Digest": digest,
         "X-Gate": offer.served.gate,
         "Vary": "Accept",
     }

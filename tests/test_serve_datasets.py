@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 from scanloom.errors import StoreError
 from serve.config import Service
 from serve.gateway import gateway
+from serve.ledger import NotFound
+from serve.turns import MOST_RUNNING, MOST_WAITING
 from tests.served_datasets import finish
-from tests.served_images import ORDER, Asked, blank, parts_of, problem, settings
+from tests.served_images import ORDER, Asked, bearer, blank, parts_of, problem, settings
 from tests.tiny_generator import ENVELOPE, publish_generator
 
 
@@ -128,7 +132,7 @@ def test_datasets_are_listed_by_pages_and_cancelled(asked_of: Any, generator: st
     assert [job["id"] for job in rest["datasets"]] == ids[:1]
     assert rest["next"] is None
     assert ask("POST", f"/v1/datasets/{ids[0]}/cancel").status_code == 200
-    for bad in ("limit=0", "limit=x", "limit=1001", "after=../..", "after=%00"):
+    for bad in ("limit=0", "limit=x", "limit=201", "after=../..", "after=%00"):
         problem(ask("GET", f"/v1/datasets?{bad}"), 422, "invalid")
 
 
@@ -136,6 +140,35 @@ def test_a_service_without_datasets_says_so(asked_of: Any, generator: str) -> No
     ask = asked_of(settings(generator))
     assert "no orders" in problem(ask("POST", "/v1/datasets", json=ORDER), 404, "not-found").detail
     assert "no orders" in problem(ask("GET", "/v1/datasets"), 404, "not-found").detail
+
+
+class Slow:
+    """A ledger whose store takes its time."""
+
+    def __init__(self) -> None:
+        self.go, self.begun = threading.Event(), threading.Semaphore(0)
+
+    def find(self, tenant: str | None, id: str) -> Any:
+        self.begun.release()
+        if tenant == "clinic-a":
+            assert self.go.wait(30.0)
+        raise NotFound("there is no such dataset")
+
+
+def test_while_the_store_is_slow_no_tenant_takes_the_threads_of_others(asked_of: Any, service: Service) -> None:
+    slow = Slow()
+    ask = asked_of(service, ledger=slow)
+    theirs = [ask.begin("GET", "/v1/datasets/x") for _ in range(MOST_WAITING + 1)]
+    try:
+        assert all(slow.begun.acquire(timeout=10.0) for _ in range(MOST_RUNNING))
+        [refused] = wait(theirs, 20.0, FIRST_COMPLETED).done
+        problem(refused.result(), 429, "busy")
+        assert not slow.begun.acquire(timeout=0.0)
+        problem(ask("GET", "/v1/datasets/x", headers=bearer("rival")), 404, "not-found")
+    finally:
+        slow.go.set()
+    assert sorted(answer.result(30.0).status_code for answer in theirs) == [404] * MOST_WAITING + [429]
+    problem(ask("GET", "/v1/datasets/x"), 404, "not-found")
 
 
 class Down:

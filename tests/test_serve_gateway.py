@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,6 +36,8 @@ from scanloom.sampling.engine import Engine, ImageRequest
 from scanloom.sampling.image_order import ImageOrder, MadeImages
 from scanloom.sampling.production import quantise
 from scanloom.shards.writer import png_pixels
+from scanloom.store import Store
+from serve.audit_log import AuditLog
 from serve.config import Service
 from serve.engines import UnavailableError
 from serve.gateway import gateway
@@ -339,6 +342,27 @@ def test_an_order_that_outlives_its_deadline_is_given_up_and_told(
     assert cancelled.wait(10.0)
 
 
+def test_an_answer_names_the_generator_that_made_it_though_the_gateway_knows_another(asked_of: Any) -> None:
+    # What is published anew at the same place is loaded by the next engine that starts.
+    for accept in ("image/png", "application/dicom", "application/json"):
+        answer = asked_of(blank)("POST", "/v1/images", json={}, headers={"Accept": accept})
+        assert answer.headers["X-Generator-Digest"] == "0" * 64
+
+
+def test_the_audit_log_is_written_when_the_service_stops(service: Service, tmp_path: Path) -> None:
+    app = gateway(parts_of(service, blank, audit=AuditLog(Store(str(tmp_path)))))
+
+    async def live() -> None:
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+                await client.post("/v1/images", json={"seed": 4711}, headers=bearer("lab"))
+
+    asyncio.run(live())
+    [line] = [json.loads(file.read_text()) for file in tmp_path.rglob("*") if file.is_file()]
+    assert (line["seed"], line["outcome"], line["generator_digest"]) == (4711, "done", "0" * 64)
+
+
 def test_an_order_says_when_it_was_asked_and_is_due(asked_of: Any) -> None:
     orders: list[ImageOrder] = []
 
@@ -440,6 +464,7 @@ def test_it_is_ready_when_an_engine_is(asked_of: Any) -> None:
     ask = asked_of(blank, ready=ready)
     problem(ask("GET", "/readyz"), 503, "unavailable")
     assert ask("GET", "/healthz").json() == {"status": "ok"}
+    assert (ask("HEAD", "/healthz").status_code, ask("HEAD", "/readyz").status_code) == (200, 503)
     state["ready"] = True
     assert ask("GET", "/readyz").json() == {"status": "ready"}
 
