@@ -108,6 +108,7 @@ def test_all_that_is_copied_is_there_and_let_through() -> None:
     assert mounted == [("wheels", "/home/ray/wheels")]
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout: git says what is part of the project")
 def test_all_that_the_code_needs_is_let_through_and_nothing_else() -> None:
     tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
     wanted = [p for p in tracked if p.startswith(("platform/", "jobs/", "serve/")) and "kustomization" not in p]
