@@ -64,7 +64,7 @@ class Gateway:
         self._readiness = _Readiness(service.replicas.least, engines.deployment_id)
         self._parts = Parts(
             service=service,
-            make=Engines(engines).make,
+            make=Engines(engines.make).make,
             ready=self._readiness,
             gatekeeper=Gatekeeper(service.access),
             quotas=Quotas(service),

@@ -32,19 +32,18 @@ class UnavailableError(BusyError):
         return (UnavailableError, (str(self), self.retry_after_s))
 
 
-class Handle(Protocol):
-    """What is used of a Serve deployment handle."""
+class Method(Protocol):
+    """What is used of a method of a Serve deployment handle."""
 
-    @property
-    def make(self) -> Any:
-        """The replica's method, with `remote`."""
+    def remote(self, order: ImageOrder, /) -> Any:
+        """What can be awaited and cancelled."""
 
 
 class Engines:
-    """`await Engines(handle).make(order)` for the images; cancelling it frees the slots."""
+    """`await Engines(handle.make).make(order)` for the images; cancelling it frees the slots."""
 
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
+    def __init__(self, method: Method) -> None:
+        self._method = method
 
     async def make(self, order: ImageOrder) -> MadeImages:
         """Made by the first replica that lives long enough.
@@ -69,7 +68,7 @@ class Engines:
         raise DeadlineError("the images were not made by their deadline; ask for a later one", RETRY_AFTER_S) from lost
 
     async def _ask(self, order: ImageOrder) -> MadeImages:
-        answer = self._handle.make.remote(order)
+        answer = self._method.remote(order)
         try:
             made: MadeImages = await answer
         except asyncio.CancelledError:

@@ -259,6 +259,7 @@ def _running(plan: Plan) -> Iterator[str]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _deploy(plan, f"http://{cluster.webui_url}")
+        assert cluster.head_node is not None
         yield f"{cluster.head_node.get_session_dir_path()}/logs"
         serve.delete(plan.application)
     finally:

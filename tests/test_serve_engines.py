@@ -47,15 +47,11 @@ class Answer:
 
 
 class Replicas:
-    """Takes the place of a handle: one outcome for each request that it gets; None never comes."""
+    """Takes the place of a handle's method: one outcome for each request that it gets; None never comes."""
 
     def __init__(self, *outcomes: MadeImages | BaseException | None) -> None:
         self._outcomes = list(outcomes)
         self.answers: list[Answer] = []
-
-    @property
-    def make(self) -> Replicas:
-        return self
 
     def remote(self, order: ImageOrder) -> Answer:
         self.answers.append(Answer(self._outcomes.pop(0)))
