@@ -35,10 +35,12 @@ def audit(recipe: Recipe) -> None:
         raise RecipeError("the recipe has no `generate` section, which names the dataset to audit; add one")
     corpus = open_artefact(recipe.uri("corpus"), "corpus")
     dataset = open_artefact(recipe.uri(recipe.generate.dataset), "dataset")
+    # Whoever has a probe of this recipe gets the fairness of the dataset too.
+    probe = find_artefact(recipe.uri("probe"), "probe")
     store = Store(f"{dataset.uri}-audit")
     store.require_writable()
     encoder = plan_copy_encoder(recipe, corpus)
-    plan = plan_digest("audit", encoder, dataset.digest, recipe.audit.model_dump(mode="json"))
+    plan = plan_digest("audit", encoder, dataset.digest, recipe.audit.model_dump(mode="json"), probe and probe.digest)
     begin(store, "audit", plan)
     made = find_artefact(store.uri, "audit")
     if made is None:
@@ -46,10 +48,11 @@ def audit(recipe: Recipe) -> None:
         runs.require_writable()
         with connected():
             metrics = _train(recipe, corpus, store, runs, name)
-            files = _measure(recipe, corpus, dataset, store)
+            files = _measure(recipe, corpus, dataset, probe, store)
         made = publish(
             store, kind="audit", name=dataset.manifest.name, recipe=recipe.model_dump(mode="json"),
-            inputs=[dataset, corpus], files=files, statistics={"plan": plan, "training": metrics},
+            inputs=[dataset, corpus, *([probe] if probe else [])], files=files,
+            statistics={"plan": plan, "training": metrics},
         )  # fmt: skip
         forget(runs, name)
     _report(made, time.monotonic() - started)
@@ -81,12 +84,14 @@ def _train(recipe: Recipe, corpus: Artefact, store: Store, runs: Store, name: st
         return outcome(interruptible(trainer.fit))
 
 
-def _measure(recipe: Recipe, corpus: Artefact, dataset: Artefact, store: Store) -> list[FileEntry]:
+def _measure(
+    recipe: Recipe, corpus: Artefact, dataset: Artefact, probe: Artefact | None, store: Store
+) -> list[FileEntry]:
     """On the cluster, where the data is near."""
     size_px = min(recipe.audit.copies.size_px, corpus.manifest.statistics["size_px"])
     job = AuditJob(
         settings=recipe.audit, seed=recipe.seed, corpus_uri=corpus.uri, dataset_uri=dataset.uri, audit_uri=store.uri,
-        size_px=size_px, channels=levels(recipe.audit.copies, size_px),
+        size_px=size_px, channels=levels(recipe.audit.copies, size_px), probe_uri=None if probe is None else probe.uri,
     )  # fmt: skip
     work: Any = ray.remote(num_cpus=1, max_retries=3)(make_audit)
     found = interruptible(lambda: ray.get(work.remote(job.model_dump(mode="json"))))

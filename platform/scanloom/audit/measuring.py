@@ -42,12 +42,26 @@ from scanloom.audit.copies import (
     most_alike,
     power,
 )
+from scanloom.audit.fairness import readings
 from scanloom.audit.fidelity import Embedded, fidelity
 from scanloom.audit.intervals import Estimate, clustered_share, share
 from scanloom.audit.page import Likenesses, page
 from scanloom.audit.plants import SLIGHT, STRONG
-from scanloom.audit.report import PAGE, PRIVATE, REPORT, Beside, Copies, Interval, Peer, PlantedRecall, Report, Subject
+from scanloom.audit.report import (
+    PAGE,
+    PRIVATE,
+    REPORT,
+    Beside,
+    Copies,
+    Interval,
+    Peer,
+    PlantedRecall,
+    Reading,
+    Report,
+    Subject,
+)
 from scanloom.errors import ArtefactError
+from scanloom.models.attribute_probe import Probe, load_probe
 from scanloom.models.copy_encoder import EMBED_ROWS, embedding, load_copy_encoder, square_of
 from scanloom.recipe_audit import Audit
 from scanloom.sampling.dataset import IMAGES
@@ -77,6 +91,8 @@ class AuditJob(BaseModel):
     audit_uri: str
     size_px: int
     channels: tuple[int, ...]
+    probe_uri: str | None = None
+    """Reads what images show; None: fairness is not measured."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,8 @@ class Seen:
     sample_MSS: NDArray[np.float32]
     sample: list[int]
     """Which of the images the sample's are."""
+    read_NO: NDArray[np.float32]
+    """What a probe reads; no columns without one."""
 
     def __len__(self) -> int:
         return len(self.owners)
@@ -113,12 +131,13 @@ class Seen:
             self.vectors_ND[chosen], self.mirrored_ND[chosen], self.spectra_NK[chosen], self.levels_NL[chosen],
             [self.owners[place] for place in places], [self.attributes[place] for place in places],
             self.sample_MSS[kept], [number[place] for place in self.sample if place in number],
+            self.read_NO[chosen],
         )  # fmt: skip
 
 
 def see(
     artefact: Artefact, folder: str, schema: AttributeSchema, embed: Embed, size_px: int, most: int,
-    sample: int = _SAMPLE,
+    probe: Probe | None = None, sample: int = _SAMPLE,
 ) -> Seen:  # fmt: skip
     """At most `most` images of an artefact's folder, spread over all of it; ArtefactError for a damaged shard."""
     total = sum(_rows_of(artefact, entry) for entry in _shards(artefact, folder))
@@ -129,6 +148,7 @@ def see(
     attributes: list[Attributes] = []
     kept: list[NDArray[np.float32]] = []
     places: list[int] = []
+    told: list[NDArray[np.float32]] = []
     for batch in _batches(_chosen(artefact, folder, stride)):
         squares = np.stack([_square(row, folder, size_px) for row in batch])
         mirrored = np.ascontiguousarray(squares[:, :, ::-1])
@@ -136,6 +156,7 @@ def see(
             parts, (embed(squares), embed(mirrored), radial_power(squares), grey_levels(squares)), strict=True
         ):
             part.append(value)
+        told.append(_read(probe, batch, folder))
         for row, square in zip(batch, squares, strict=True):
             if len(owners) % kept_every == 0:
                 kept.append(square)
@@ -145,8 +166,10 @@ def see(
     if not owners:
         empty = np.zeros((0, size_px, size_px), np.float32)
         curves = np.zeros((0, size_px // 2 - 1)), np.zeros((0, LEVELS))
-        return Seen(embed(empty), embed(empty), *curves, [], [], empty, [])
-    return Seen(*(np.concatenate(part) for part in parts), owners, attributes, np.stack(kept), places)
+        return Seen(embed(empty), embed(empty), *curves, [], [], empty, [], np.zeros((0, 0), np.float32))
+    return Seen(
+        *(np.concatenate(part) for part in parts), owners, attributes, np.stack(kept), places, np.concatenate(told)
+    )
 
 
 def make_audit(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -164,12 +187,15 @@ def make_audit(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     schema = AttributeSchema.model_validate(corpus.manifest.statistics["schema"])
     asked = AttributeSchema.model_validate(dataset.manifest.statistics["spec"]["attributes"])
 
+    probe = None if job.probe_uri is None else load_probe(job.probe_uri)
+
     def real(split: str) -> Seen:
-        return see(corpus, split, schema, embed, job.size_px, job.settings.copies.max_scans)
+        reader = None if split == "train" else probe
+        return see(corpus, split, schema, embed, job.size_px, job.settings.copies.max_scans, reader)
 
     train = real("train")
     calibration, check = _held_out(corpus, real)
-    images = see(dataset, IMAGES, asked, embed, job.size_px, job.settings.images)
+    images = see(dataset, IMAGES, asked, embed, job.size_px, job.settings.images, probe)
     if not len(images):
         raise ArtefactError(f"{dataset.uri}: holds no images to audit")
     detector = Embeddings(embed, train.vectors_ND, train.mirrored_ND)
@@ -185,6 +211,8 @@ def make_audit(config: Mapping[str, Any]) -> list[dict[str, Any]]:
             images=dataset.manifest.statistics["rows"], looked_at=len(images),
         ),
         copies=copies, fidelity=_fidelity(images, train, check), appearance=_appearance(images, train, check),
+        fairness=None if probe is None else _fairness(probe, images, calibration, check),
+        probe=None if probe is None else probe.digest,
         seconds=time.monotonic() - started,
     )  # fmt: skip
     planted = detector(SLIGHT[-1].change(train.sample_MSS)).likeness_N
@@ -304,6 +332,12 @@ def _appearance(images: Seen, train: Seen, check: Seen) -> dict[str, Beside]:
     return told
 
 
+def _fairness(probe: Probe, images: Seen, calibration: Seen, check: Seen) -> tuple[Reading, ...]:
+    read = np.concatenate([calibration.read_NO, check.read_NO])
+    truth = [*calibration.attributes, *check.attributes]
+    return readings(probe.card, images.read_NO, images.attributes, images.owners, read, truth)
+
+
 def _beside(synthetic: Estimate, baseline: Estimate, images: int) -> Beside:
     return Beside(synthetic=Interval.of(synthetic), baseline=Interval.of(baseline), images=images)
 
@@ -374,6 +408,19 @@ def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
             batch = []
     if batch:
         yield batch
+
+
+def _read(probe: Probe | None, batch: Sequence[dict[str, Any]], folder: str) -> NDArray[np.float32]:
+    if probe is None:
+        return np.zeros((len(batch), 0), np.float32)
+    # Scans of a corpus may differ in their type; each is read by itself, with the same result.
+    pixels = [image_pixels(row) if folder == IMAGES else png_pixels(row["image"]["bytes"]) for row in batch]
+    bits = [
+        row["bits_stored"] if folder == IMAGES else 8 * one.itemsize for row, one in zip(batch, pixels, strict=True)
+    ]
+    if len({(one.shape, depth) for one, depth in zip(pixels, bits, strict=True)}) == 1:
+        return probe.read(np.stack(pixels), bits[0])
+    return np.concatenate([probe.read(one[None], depth) for one, depth in zip(pixels, bits, strict=True)])
 
 
 def _square(row: Mapping[str, Any], folder: str, size_px: int) -> NDArray[np.float32]:

@@ -50,10 +50,11 @@ def page(report: Report, likenesses: Likenesses, sheet_png: bytes) -> str:
         "can be expected to do better. Brackets hold 95 % intervals.</p>",
         _figures(report),
         _image(sheet_png, "synthetic images"),
+        *_fairness(report),
         "<h2>What this does not say</h2>",
         "<p>That no image lies above the threshold is a statement about copies of the kinds that were planted. It is "
         "no proof that nothing can be inferred about a person, and no claim of anonymity in law. "
-        "Not measured: membership inference, fairness, usefulness for training.</p>",
+        f"Not measured: membership inference, usefulness for training{'' if report.fairness else ', fairness'}.</p>",
         f"<h2>Numbers</h2><p><small>dataset {report.subject.dataset}<br>corpus {report.subject.corpus}<br>"
         f"measured in {report.seconds:.0f} s; all of it is in report.json</small></p>",
         *(_power(report.copies) if report.copies else []),
@@ -90,6 +91,28 @@ def _figures(report: Report) -> str:
     named = {**(report.fidelity or {}), **(report.appearance or {})}
     rows = [(name, str(one.synthetic), str(one.baseline), f"{one.images:,}") for name, one in named.items()]
     return _table(("figure", "synthetic against real", "real against real", "images"), rows)
+
+
+def _fairness(report: Report) -> list[str]:
+    if not report.fairness:
+        return []
+    rows = [
+        (
+            one.name, one.cell, str(one.asked), str(one.achieved), _number(one.held_out_truth),
+            _number(one.held_out_read), f"{one.images:,}{' (few)' if one.small else ''}",
+        )
+        for one in report.fairness
+    ]  # fmt: skip
+    return [
+        "<h2>Does it show what was asked for, in every group?</h2>",
+        "<p>A classifier read every image. It errs: the columns of real scans say how often something is true of them, "
+        "and how often it is read. A gap of the images that real scans have too is the classifier's.</p>",
+        _table(("what", "of", "asked", "read", "real: true", "real: read", "images"), rows),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3g}"
 
 
 def _power(copies: Copies) -> list[str]:

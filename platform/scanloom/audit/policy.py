@@ -45,7 +45,7 @@ class FairnessGate(Section):
     """How near to what was asked the images must be."""
 
     most_gap: Fraction = 0.2
-    """Between asked and achieved share, beyond the probe's own error, of cells that are not small."""
+    """Between asked and achieved share, beyond the probe's own error, of cells that are not small; not of numbers."""
 
 
 class Licence(Section):
@@ -164,7 +164,7 @@ def _fairness(gate: FairnessGate | None, report: Report) -> Iterator[Gate]:
         yield _missing("fairness")
         return
     for reading in report.fairness:
-        if reading.small or reading.asked.value is None or reading.achieved.value is None:
+        if reading.small or not reading.share or reading.asked.value is None or reading.achieved.value is None:
             continue
         error = abs(_or(reading.held_out_read, 0.0) - _or(reading.held_out_truth, 0.0))
         gap = max(0.0, abs(reading.asked.value - reading.achieved.value) - error)

@@ -128,6 +128,8 @@ class Reading(_Record):
     """Of held-out scans: how often it is true; None where nobody knows."""
     held_out_read: float | None
     """And how often it is read: where that differs, it is the probe's own error."""
+    share: bool
+    """Whether these are shares of images; else means of a number in its unit."""
     images: int
     small: bool
     """Too few images for the figure to mean much."""
@@ -142,6 +144,8 @@ class Report(_Record):
     fidelity: Mapping[str, Beside] | None = None
     appearance: Mapping[str, Beside] | None = None
     fairness: tuple[Reading, ...] | None = None
+    probe: str | None = None
+    """Digest of the probe that read for it."""
     seconds: float
     """That the measuring took, without training the encoder."""
 
