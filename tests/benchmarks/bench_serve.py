@@ -115,10 +115,10 @@ def peer(kind: str, path: str, deadline_s: float) -> Iterator[Target]:
     port = free_port()
     target = Target(f"http://127.0.0.1:{port}{path}", {}, deadline_s)
     command = [sys.executable, str(ROOT / "tests/benchmarks/serve_peers.py"), kind, str(port), str(SLOTS)]
-    with tempfile.TemporaryFile() as log:
+    with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(command, cwd=ROOT, env=plain_environment(), stdout=log, stderr=log)
         try:
-            _await_image(process, target)
+            _await_image(process, target, Path(log.name))
             yield target
         finally:
             below = descendants(process.pid)
@@ -132,11 +132,11 @@ def peer(kind: str, path: str, deadline_s: float) -> Iterator[Target]:
                 kill(left)
 
 
-def _await_image(process: subprocess.Popen[bytes], target: Target) -> None:
+def _await_image(process: subprocess.Popen[bytes], target: Target, log: Path) -> None:
     body = {"attributes": {}, "seed": 0, "steps": FEWEST}
     for _ in range(int(STARTS_S)):
         if process.poll() is not None:
-            raise RuntimeError(f"{process.args}: ended with {process.returncode}")
+            raise RuntimeError(f"{process.args}: ended with {process.returncode}: {log.read_text()[-2000:]}")
         try:
             if httpx.post(target.url, json=body, timeout=60, trust_env=False).status_code == 200:
                 return

@@ -8,7 +8,6 @@ Both take `POST /` (LitServe: `/predict`) with the same body as `POST /v1/images
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import os
 import signal
@@ -85,29 +84,9 @@ def run_ray(port: int, batch: int) -> None:
 
 
 def run_litserve(port: int, batch: int) -> None:
-    import litserve
+    from tests.benchmarks.litserve_peer import run
 
-    class Peer(litserve.LitAPI):
-        def setup(self, device: str) -> None:
-            self._pipeline = Pipeline()
-
-        def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
-            return request
-
-        def batch(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return inputs
-
-        def predict(self, asked: list[dict[str, Any]]) -> list[bytes]:
-            return self._pipeline(asked)
-
-        def unbatch(self, output: list[bytes]) -> list[bytes]:
-            return output
-
-        def encode_response(self, output: bytes) -> dict[str, str]:
-            return {"png": base64.b64encode(output).decode()}
-
-    server = litserve.LitServer(Peer(max_batch_size=batch, batch_timeout=WAIT_S), accelerator="cpu", timeout=False)
-    server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
+    run(port, batch)
 
 
 def main() -> None:
