@@ -194,3 +194,16 @@ def test_the_command_refuses_in_one_line(store: Path) -> None:
     assert line.startswith("error: generate.cohort: age=90 ")
     assert "trained on 20 to 89" in line
     assert loaded == "[]"
+
+
+@pytest.mark.s3
+def test_a_recipe_and_a_generator_that_lie_elsewhere_are_planned_alike(store: Path, store_uri: str) -> None:
+    elsewhere = recipe(Path("/nowhere"), generator=str(store / "generator"), order="request-1")
+    place = Store(store_uri)
+    place.write("orders/recipe.yaml", json.dumps(elsewhere.model_dump(mode="json", exclude_unset=True)).encode())
+    command = [sys.executable, "-c", TOLD_AT_EXIT, "plan", place.uri_of("orders/recipe.yaml"), "--json"]
+    planned = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=120)
+    assert planned.returncode == 0, planned.stderr
+    found = Estimate.model_validate_json(planned.stdout)
+    assert found == estimate(elsewhere)
+    assert found.plan != estimate(recipe(store)).plan
