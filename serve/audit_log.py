@@ -163,6 +163,9 @@ class AuditLog:
         key = f"audit/{batch[0].day}/{datetime.now(UTC):%H%M%S}-{secrets.token_hex(8)}.jsonl"
         body = "".join(f"{line.text}\n" for line in batch).encode()
         for failures in count():
+            with self._changed:
+                # One attempt more after the log was closed: the store may be back just then.
+                is_last = self._closing
             try:
                 # The same name each time: an attempt whose acknowledgement was lost is found, not repeated.
                 store.create(key, body)
@@ -174,7 +177,7 @@ class AuditLog:
                     LOG.warning("audit log: the store answers again, after %d attempts", failures)
                 return True
             with self._changed:
-                if self._closing:
+                if is_last:
                     return False
                 self._changed.wait_for(lambda: self._closing, self._retry_s[min(failures, len(self._retry_s) - 1)])
         raise AssertionError("unreachable")

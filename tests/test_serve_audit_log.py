@@ -209,6 +209,29 @@ def test_closing_while_the_store_is_down_ends_in_time_and_says_what_is_missing(
     assert kept(store) == []
 
 
+def test_closing_tries_once_more_where_an_attempt_was_under_way(
+    store_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Store.create
+    writing, go_on = threading.Event(), threading.Event()
+
+    def failing_once(self: Store, key: str, data: bytes) -> bool:
+        if not writing.is_set():
+            writing.set()
+            assert go_on.wait(30)
+            raise StoreError("s3://x: no answer", retryable=True)
+        return create(self, key, data)
+
+    monkeypatch.setattr(Store, "create", failing_once)
+    log = AuditLog(Store(store_uri), every_s=0.0, retry_s=(3600.0,))
+    log.note(entry())
+    assert writing.wait(30)
+    assert not log.close(0.0)
+    go_on.set()
+    assert log.close()
+    assert len(kept(Store(store_uri))) == 1
+
+
 def test_without_a_store_lines_are_in_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
     log = AuditLog(None)
     with caplog.at_level(logging.INFO, "scanloom.audit"):
