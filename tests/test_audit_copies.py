@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 
 def unit(count: int, width: int = 8) -> Array:
     vectors = RANDOM.standard_normal((count, width)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
 def squares(count: int, side: int = 12) -> Array:
@@ -39,7 +39,7 @@ def squares(count: int, side: int = 12) -> Array:
 def flat(images: Array) -> Array:
     """An embedding that sees every pixel."""
     rows = images.reshape(len(images), -1) - 0.5
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
 
 
 def test_the_threshold_is_a_patients_highest_likeness_at_the_conformal_rank() -> None:
@@ -77,7 +77,9 @@ def test_no_more_patients_than_promised_lie_above_a_threshold() -> None:
 
 
 def test_with_few_patients_a_bound_keeps_what_a_rank_only_promises_on_average() -> None:
-    asked, by_rank, bounded = 0.01, [], []
+    asked = 0.01
+    by_rank: list[bool] = []
+    bounded: list[bool] = []
     for _ in range(400):
         cosine = np.tanh(0.8 + 0.3 * RANDOM.standard_normal(100))
         names = [str(n) for n in range(100)]

@@ -8,6 +8,7 @@ import sys
 import tarfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
@@ -199,7 +200,7 @@ def test_what_the_policy_does_not_allow_is_refused(chain: Chain, policy: str, re
     ],
 )  # fmt: skip
 def test_a_memorising_generator_and_an_audit_without_power_are_refused(
-    tmp_path: Path, copies: dict[str, object], reason: str
+    tmp_path: Path, copies: dict[str, Any], reason: str
 ) -> None:
     chain = Chain.made(tmp_path, partial(report, **copies))
     with pytest.raises(ReleaseRefused, match=reason):

@@ -164,12 +164,11 @@ def see(
             owners.append(row["id"] if folder == IMAGES else row["patient"])
             attributes.append(schema.from_row(row))
     if not owners:
-        empty = np.zeros((0, size_px, size_px), np.float32)
-        curves = np.zeros((0, size_px // 2 - 1)), np.zeros((0, LEVELS))
-        return Seen(embed(empty), embed(empty), *curves, [], [], empty, [], np.zeros((0, 0), np.float32))
-    return Seen(
-        *(np.concatenate(part) for part in parts), owners, attributes, np.stack(kept), places, np.concatenate(told)
-    )
+        empty, unread = np.zeros((0, size_px, size_px), np.float32), np.zeros((0, 0), np.float32)
+        spectra, levels = np.zeros((0, size_px // 2 - 1)), np.zeros((0, LEVELS))
+        return Seen(embed(empty), embed(empty), spectra, levels, [], [], empty, [], unread)
+    vectors, mirrored, spectra, levels = (np.concatenate(part) for part in parts)
+    return Seen(vectors, mirrored, spectra, levels, owners, attributes, np.stack(kept), places, np.concatenate(told))
 
 
 def make_audit(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -317,8 +316,8 @@ def _appearance(images: Seen, train: Seen, check: Seen) -> dict[str, Beside]:
     spectra = [spectral_distance(one.curves(one.spectra_NK), check.curves(check.spectra_NK)) for one in (images, train)]
     levels = [level_distance(one.curves(one.levels_NL), check.curves(check.levels_NL)) for one in (images, train)]
     told = {
-        "spectrum (dB)": _beside(*spectra, len(images)),
-        "grey levels (share of range)": _beside(*levels, len(images)),
+        "spectrum (dB)": _beside(spectra[0], spectra[1], len(images)),
+        "grey levels (share of range)": _beside(levels[0], levels[1], len(images)),
     }
     for name, by_cell in (("MS-SSIM of any two", False), ("MS-SSIM of two of a cell", True)):
         alike = []

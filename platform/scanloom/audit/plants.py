@@ -54,7 +54,7 @@ def blurred(images_NSS: Squares, share: float) -> Squares:
 
 def contrast(images_NSS: Squares, factor: float) -> Squares:
     """Contrast about mid-grey multiplied, clipped to [0, 1]."""
-    return np.clip((images_NSS - 0.5) * factor + 0.5, 0.0, 1.0).astype(np.float32)
+    return np.asarray(np.clip((images_NSS - 0.5) * factor + 0.5, 0.0, 1.0), dtype=np.float32)
 
 
 def noisy(images_NSS: Squares, deviation: float) -> Squares:
