@@ -82,7 +82,8 @@ def pairs_within(groups: Sequence[str], patients: Sequence[str], most: int, seed
     waiting: dict[str, list[int]] = {}
     found = []
     for image in order.tolist():
-        rest = waiting.setdefault(groups[image], [])
+        group: str = groups[image]
+        rest = waiting.setdefault(group, [])
         other = next((place for place in rest if patients[place] != patients[image]), None)
         if other is None:
             rest.append(image)

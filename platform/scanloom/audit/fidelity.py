@@ -289,7 +289,9 @@ def fidelity(synthetic: Embedded, train: Embedded, held_out: Embedded, seed: int
     size = min(len(synthetic), len(train))
     ours, theirs = synthetic.some(size, seed), train.some(size, seed)
     distances: Mapping[Figure, Callable[[Embedded, Embedded], Estimate]] = {"frechet": frechet, "kid": kid}
-    told = {name: Compared(of(ours, held_out), of(theirs, held_out), size) for name, of in distances.items()}
+    told: dict[Figure, Compared] = {
+        name: Compared(of(ours, held_out), of(theirs, held_out), size) for name, of in distances.items()
+    }
     mine, real = manifolds(ours, held_out), manifolds(theirs, held_out)
     told["precision"] = Compared(mine.precision, real.precision, size)
     told["recall"] = Compared(mine.recall, real.recall, size)

@@ -60,7 +60,7 @@ def contrast(images_NSS: Squares, factor: float) -> Squares:
 def noisy(images_NSS: Squares, deviation: float) -> Squares:
     """With Gaussian noise, clipped to [0, 1]."""
     noise = np.random.default_rng(7).standard_normal(images_NSS.shape, dtype=np.float32)
-    return np.clip(images_NSS + np.float32(deviation) * noise, 0.0, 1.0)
+    return np.asarray(np.clip(images_NSS + np.float32(deviation) * noise, 0.0, 1.0), dtype=np.float32)
 
 
 def cropped(images_NSS: Squares, share: float) -> Squares:
