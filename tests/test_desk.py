@@ -386,7 +386,7 @@ def test_an_unexpected_error_ends_all_orders_and_the_desk_says_that_it_is_ill(op
     class Broken(GatedGenerator):
         def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
             super().denoise(latents, timesteps, condition)
-            if len(self.log) > 10:
+            if len(self.log) > 30:
                 raise RuntimeError("the device is lost")
             return -latents
 
