@@ -11,7 +11,6 @@ import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,7 @@ class RayJobs:
         return JobsUnavailable(f"Ray's Jobs API does not answer ({text}); datasets wait until it does")
 
 
-def _code() -> Mapping[str, Any] | None:
+def _code() -> dict[str, Any] | None:
     """Where the jobs' code comes from, if the service has it of a runtime environment; nothing else of that."""
     if not ray.is_initialized():
         return None

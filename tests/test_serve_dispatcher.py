@@ -237,7 +237,7 @@ def test_a_new_cluster_goes_on_with_every_order(store_uri: str, undisturbed: Art
 def test_two_dispatchers_at_once_submit_every_job_once(head: Head, store_uri: str) -> None:
     orderer = Orderer(store_uri, images=20, jobs_at_once=2)
     ids = [orderer.order(tenant, f"r-{n}") for n, tenant in enumerate(("a", "b", "a", "a"))]
-    live = []
+    live: list[int] = []
 
     def watched() -> bool:
         live.append(sum(job.status in ("PENDING", "RUNNING") for job in head.jobs()))

@@ -268,9 +268,12 @@ def test_a_waiting_order_costs_nothing_at_each_look(
     dispatcher.reconcile()
     looks: list[str] = []
     names = Store.names
-    monkeypatch.setattr(
-        Store, "names", lambda store, *args, **kw: [looks.append(args[0]), names(store, *args, **kw)][1]
-    )
+
+    def noting(store: Store, folder: str = "", after: str = "", limit: int = 1000) -> list[str]:
+        looks.append(folder)
+        return names(store, folder, after, limit)
+
+    monkeypatch.setattr(Store, "names", noting)
     dispatcher.reconcile()
     assert len(looks) == 2  # the running order's folder and its submissions
 

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,10 @@ def test_an_accepted_order_says_all_that_is_made_of_it(ledger: Ledger, generator
 
 def test_another_tenant_finds_nothing(ledger: Ledger) -> None:
     job, _ = ledger.place("acme", REQUEST, "r")
-    for method in (ledger.find, ledger.cancel, ledger.result, lambda t, id: ledger.file(t, id, "manifest.json")):
+    methods: list[Callable[[str, str], Any]] = [
+        ledger.find, ledger.cancel, ledger.result, lambda t, id: ledger.file(t, id, "manifest.json")
+    ]  # fmt: skip
+    for method in methods:
         for tenant, id in (("other", job.id), ("acme", new_id()), ("acme", "../" + job.id), ("acme", "order.json")):
             with pytest.raises(NotFound):
                 method(tenant, id)
@@ -187,7 +190,8 @@ def test_lists_are_newest_first_page_by_page_and_of_one_tenant_or_all(
     newest = [id for _, id in reversed(placed)]
     assert [job.id for job in ledger.jobs(None, 50).datasets] == newest
     assert [job.id for job in ledger.jobs("a", 50).datasets] == [id for t, id in reversed(placed) if t == "a"]
-    found, after = [], None
+    found: list[str] = []
+    after: str | None = None
     while True:
         page = ledger.jobs(None, 3, after)
         found += [job.id for job in page.datasets]
@@ -361,7 +365,8 @@ class Died(BaseException):
 def test_whoever_dies_at_any_write_the_order_is_there_once_or_not_at_all(
     folder_ledger: Any, monkeypatch: pytest.MonkeyPatch, number: int, applied: bool
 ) -> None:
-    ledger, create, seen = next(folder_ledger), Store.create, []
+    ledger, create = next(folder_ledger), Store.create
+    seen: list[str] = []
 
     def dying(store: Store, key: str, data: bytes) -> bool:
         seen.append(key)
@@ -389,9 +394,15 @@ def test_whoever_dies_at_any_write_the_order_is_there_once_or_not_at_all(
 
 
 def test_the_crash_points_are_all_there_are(folder_ledger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger, create, seen = next(folder_ledger), Store.create, []
+    ledger, create = next(folder_ledger), Store.create
+    seen: list[str] = []
+
+    def noting(store: Store, key: str, data: bytes) -> bool:
+        seen.append(key)
+        return create(store, key, data)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "create", lambda store, key, data: [seen.append(key), create(store, key, data)][1])
+        patch.setattr(Store, "create", noting)
         patch.setattr(Store, "write", lambda *_: pytest.fail("an object of an order is replaced"))
         ledger.place("acme", REQUEST, "r", "key")
     assert len(seen) == CREATES
