@@ -64,7 +64,7 @@ def figures(outcomes: Sequence[Outcome], seconds: float, deadline_s: float) -> F
     accepted = len(made) + sum(each.dropped for each in counted)
     ended = sum(each.status == 200 and WARM * seconds <= each.ended < seconds for each in outcomes)
     return Figures(
-        ended / ((1.0 - WARM) * seconds), _quantile(made, 0.5), _quantile(made, 0.95), len(refusals) / len(counted),
+        ended / ((1.0 - WARM) * seconds), _quantile(made, 0.5), _quantile(made, 0.95), len(refusals) / max(len(counted), 1),
         _quantile(refusals, 0.95), sum(latency <= deadline_s for latency in made) / max(accepted, 1),
         len(counted) - accepted - len(refusals),
     )  # fmt: skip
@@ -170,8 +170,8 @@ def measure(target: Target, capacity: float, seconds: float, seed: int) -> dict[
             outcomes = sender.apply(open_loop, (target, times, seed))
             found[f"{load:.0%}"] = figures(outcomes, seconds, target.deadline_s)
         patient = Target(target.url, target.headers, 300.0)
-        outcomes = sender.apply(closed_loop, (patient, 2 * SLOTS, seconds / 2, seed))
-        found["saturation"] = figures(outcomes, seconds / 2, 300.0)
+        outcomes = sender.apply(closed_loop, (patient, 2 * SLOTS, seconds, seed))
+        found["saturation"] = figures(outcomes, seconds, 300.0)
     return found
 
 
