@@ -64,7 +64,8 @@ def figures(outcomes: Sequence[Outcome], seconds: float, deadline_s: float) -> F
     accepted = len(made) + sum(each.dropped for each in counted)
     ended = sum(each.status == 200 and WARM * seconds <= each.ended < seconds for each in outcomes)
     return Figures(
-        ended / ((1.0 - WARM) * seconds), _quantile(made, 0.5), _quantile(made, 0.95), len(refusals) / max(len(counted), 1),
+        ended / ((1.0 - WARM) * seconds), _quantile(made, 0.5), _quantile(made, 0.95),
+        len(refusals) / max(len(counted), 1),
         _quantile(refusals, 0.95), sum(latency <= deadline_s for latency in made) / max(accepted, 1),
         len(counted) - accepted - len(refusals),
     )  # fmt: skip
