@@ -81,9 +81,8 @@ def pairs_within(groups: Sequence[str], patients: Sequence[str], most: int, seed
     order = np.random.default_rng(seed).permutation(len(groups))
     waiting: dict[str, list[int]] = {}
     found = []
-    for image in order.tolist():
-        group: str = groups[image]
-        rest = waiting.setdefault(group, [])
+    for image in map(int, order):
+        rest = waiting.setdefault(groups[image], [])
         other = next((place for place in rest if patients[place] != patients[image]), None)
         if other is None:
             rest.append(image)
