@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ class Head:
         self._cluster = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 5, "include_dashboard": True, **ports}
         )
-        self.address = f"http://{self._cluster.head_node.webui_url}"
-        self.session = Path(self._cluster.head_node.get_session_dir_path())
+        node: Any = self._cluster.head_node
+        self.address = f"http://{node.webui_url}"
+        self.session = Path(node.get_session_dir_path())
 
     def lose(self) -> None:
         """Kill all of it, with the drivers of its jobs."""
@@ -177,12 +179,16 @@ def undisturbed(head: Head, place: str) -> Artefact:
     return orderer.dataset(id)
 
 
+def _reached(orderer: Orderer, id: str, goal: int) -> bool:
+    return orderer.commits(id) >= goal
+
+
 @pytest.mark.slow
 def test_a_killed_driver_is_followed_by_one_that_goes_on(head: Head, store_uri: str, undisturbed: Artefact) -> None:
     orderer = Orderer(store_uri, IMAGES)
     id, dispatcher = orderer.order(), orderer.dispatcher(head)
     for goal in (5, 30):
-        orderer.until(dispatcher, lambda goal=goal: orderer.commits(id) >= goal)
+        orderer.until(dispatcher, partial(_reached, orderer, id, goal))
         assert [kill(process) for process in drivers()]
         orderer.until(dispatcher, lambda: not drivers())
     orderer.until_finished(dispatcher, id)
@@ -219,7 +225,7 @@ def test_a_new_cluster_goes_on_with_every_order(store_uri: str, undisturbed: Art
     for goal in (5, 40):
         head = Head()
         dispatcher = orderer.dispatcher(head)
-        orderer.until(dispatcher, lambda goal=goal: orderer.commits(running) >= goal)
+        orderer.until(dispatcher, partial(_reached, orderer, running, goal))
         head.lose()
         done.append(orderer.commits(running))
         assert orderer.state(running) == "running"

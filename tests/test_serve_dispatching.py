@@ -7,7 +7,7 @@ import logging
 import pickle
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -269,7 +269,7 @@ def test_a_waiting_order_costs_nothing_at_each_look(
     looks: list[str] = []
     names = Store.names
 
-    def noting(store: Store, folder: str = "", after: str = "", limit: int = 1000) -> list[str]:
+    def noting(store: Store, folder: str = "", after: str = "", limit: int = 1000) -> Sequence[str]:
         looks.append(folder)
         return names(store, folder, after, limit)
 

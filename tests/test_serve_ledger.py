@@ -103,10 +103,11 @@ def test_another_tenant_finds_nothing(ledger: Ledger) -> None:
 @pytest.mark.parametrize("tenant", ["", ".", "..", "../x", "a/b", "_open", "_keys", "-x", "x" * 65, "a b", "ä"])
 def test_a_name_that_could_leave_a_tenants_folder_is_refused(folder_ledger: Any, tenant: str) -> None:
     ledger = next(folder_ledger)
-    for call in (
+    calls: tuple[Callable[[], Any], ...] = (
         lambda: ledger.place(tenant, REQUEST, "r"), lambda: ledger.find(tenant, new_id()),
         lambda: ledger.jobs(tenant, 5), lambda: ledger.open_jobs(tenant), lambda: ledger.ordered(tenant, "k"),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for call in calls:
         with pytest.raises(RecipeError, match="tenant's name"):
             call()
     assert ledger.orders.store.list() == []
@@ -501,5 +502,6 @@ def test_a_service_without_a_place_for_datasets_has_no_ledger(generator: str) ->
 
 def test_orders_are_named_by_their_places(tmp_path: Path) -> None:
     orders = Orders(Store(str(tmp_path)))
-    assert orders.open() == orders.tenants() == []
+    assert orders.open() == []
+    assert orders.tenants() == []
     assert orders.standing(Ticket("acme", new_id())) is None

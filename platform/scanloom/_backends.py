@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +142,7 @@ class Folder:
                 if (status := _file_status(file)) is not None
             ]
 
-    def names(self, prefix: str, after: str, limit: int) -> list[str]:
+    def names(self, prefix: str, after: str, limit: int) -> Sequence[str]:
         try:
             with os_errors(self.path(prefix)), os.scandir(self.root / prefix) as entries:
                 found = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
@@ -313,7 +313,7 @@ class Bucket:
                 if not found["Key"].endswith("/")  # directory markers of pyarrow and Ray
             ]
 
-    def names(self, prefix: str, after: str, limit: int) -> list[str]:
+    def names(self, prefix: str, after: str, limit: int) -> Sequence[str]:
         folder = f"{self._key(prefix)}/".lstrip("/")
         wanted = {"Bucket": self.name, "Prefix": folder, "Delimiter": "/", "StartAfter": f"{folder}{after}"}
         found: list[str] = []

@@ -144,7 +144,8 @@ TRY_AGAIN = 75
 def run(main: Callable[[], None]) -> int:
     """Exit code of `main`: 0, or 2 with one line on standard error where a ScanloomError ended it.
 
-    TRY_AGAIN in place of 2 where the same command may succeed later by itself. An error that crossed a Ray worker is found under its wrappers. Anything else passes through with its traceback.
+    TRY_AGAIN in place of 2 where the same command may succeed later by itself. An error that crossed a Ray worker is
+    found under its wrappers. Anything else passes through with its traceback.
     """
     log_to_stderr()
     try:

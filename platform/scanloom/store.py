@@ -152,7 +152,7 @@ class Store:
         """Every object below the folder `prefix`, sorted by key, keys relative to the store."""
         return [o for o in self._everything(prefix) if not _hidden(o.key)]
 
-    def names(self, folder: str = "", after: str = "", limit: int = 1000) -> list[str]:
+    def names(self, folder: str = "", after: str = "", limit: int = 1000) -> Sequence[str]:
         """The first `limit` names directly below a folder that sort after `after`; those of folders end in a slash."""
         found = self._backend.names(_checked(folder), after, limit)
         return [name for name in found if name and not _hidden(name)]

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -66,11 +66,20 @@ class PlanSpec(BaseModel):
     webdataset: bool
     dicom: Dicom
 
-    @cached_property
+    @property
     def digest(self) -> str:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         # Plans of before there were orders keep their digests.
         absent = {"order"} if self.order is None else set()
         return plan_digest("dataset", self.model_dump(mode="json", exclude=absent))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copied = super().model_copy(update=update, deep=deep)
+        vars(copied).pop("_digest", None)  # another plan's
+        return copied
 
     @property
     def shards(self) -> int:
