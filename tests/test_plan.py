@@ -40,6 +40,13 @@ def test_same_recipe_same_digest_rows_and_ids() -> None:
     assert first.table.equals(second.table)
 
 
+def test_a_changed_copy_of_a_plan_has_a_digest_of_its_own() -> None:
+    first = spec()
+    known = first.digest
+    assert first.model_copy(update={"seed": 1}).digest == spec(seed=1).digest != known
+    assert first.model_copy().digest == known
+
+
 @pytest.mark.parametrize(
     "change",
     [
