@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +30,11 @@ from scanloom.recipe_probe import Probe
 from scanloom.shards.writer import png_pixels
 from scanloom.store import Store
 from scanloom.training.calibration import checks, readings
-from scanloom.training.data_parallel import bare, mean_over_workers, report_checkpoint, restore
+from scanloom.training.data_parallel import Length, Run, report_checkpoint, run_steps
 from scanloom.training.draws import draw, positions, rows_at
 from scanloom.training.views import full_range
 
 CHECKPOINT = "probe.pt"
-REPORT_EVERY_STEPS = 20
 READING_BATCH = 64
 _LEAST_PX = 4
 _CONTRAST, _BRIGHTNESS = 0.1, 0.1
@@ -91,25 +89,6 @@ class Scans:
         return len(self.attributes)
 
 
-@dataclass
-class State:
-    """A run's network and optimizer."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-
-    @property
-    def network(self) -> ProbeNetwork:
-        network: ProbeNetwork = bare(self.model)
-        return network
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {"model": self.network, "optimizer": self.optimizer}
-
-
 def train_probe(config: dict[str, Any]) -> dict[str, Any]:
     """Train a probe, judge it on held-out scans and write it into the store.
 
@@ -130,36 +109,25 @@ def _train(job: ProbeJob) -> dict[str, Any]:
     train, held_out = _scans("train", job), _scans("validation", job)
     card = blank_card(job, train, len(held_out))
     wanted_NO = torch.from_numpy(targets(job.attributes, train.attributes, card.scales))
-    state = _initial(job)
-    metrics = restore(CHECKPOINT, state.parts)
-    state.step = metrics.get("step", 0)
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    started, resumed_at = time.monotonic(), state.step
-    while state.step < recipe.steps:
-        where = positions(state.step, recipe.batch_size, rank, workers)
+    run = _initial(job)
+
+    def step(rank: int, workers: int) -> Tensor:
+        where = positions(run.step, recipe.batch_size, rank, workers)
         rows = torch.from_numpy(rows_at(where, len(train), job.seed))
         images = moved(train.images_N1SS[rows].float(), where, job)
-        loss = _train_step(state, job, images.to(device), wanted_NO[rows].to(device))
-        state.step += 1
-        saving = state.step % recipe.checkpoint_every_steps == 0 and state.step < recipe.steps
-        if not saving and state.step % REPORT_EVERY_STEPS and state.step < recipe.steps:
-            continue
-        mean_loss = mean_over_workers(loss)
-        if not math.isfinite(mean_loss):
-            raise RecipeError(f"probe: the loss is no number at step {state.step}; lower probe.learning_rate")
-        rate = (state.step - resumed_at) * recipe.batch_size / (time.monotonic() - started)
-        metrics = {"step": state.step, "loss": mean_loss, "images_per_s": rate}
-        if saving:
-            report_checkpoint(CHECKPOINT, state.parts, metrics, rank)
-        else:
-            ray.train.report(metrics)
+        loss = _train_step(run, job, images.to(device), wanted_NO[rows].to(device))
+        run.step += 1
+        return loss
+
+    length = Length(recipe.steps, recipe.batch_size, recipe.checkpoint_every_steps)
+    metrics = run_steps(run, CHECKPOINT, length, step, "probe.learning_rate")
+    rank = ray.train.get_context().get_world_rank()
     # Also where a resumed run finds all its steps done: what it had written may be gone.
     made: dict[str, Any] = {}
     if rank == 0:
-        card = judged(card, state.network, held_out, train)
-        made = {"files": _written(job, card, state.network), "card": card.model_dump(mode="json")}
-    report_checkpoint(CHECKPOINT, state.parts, metrics, rank)
+        card = judged(card, run.network, held_out, train)
+        made = {"files": _written(job, card, run.network), "card": card.model_dump(mode="json")}
+    report_checkpoint(CHECKPOINT, run.parts, metrics, rank)
     return metrics | made
 
 
@@ -208,15 +176,15 @@ def moved(images_B1SS: Tensor, where: Sequence[int], job: ProbeJob) -> Tensor:
     return torch.stack(seen)
 
 
-def _initial(job: ProbeJob) -> State:
+def _initial(job: ProbeJob) -> Run:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         network = ProbeNetwork(job.channels, len(outputs_of(job.attributes)), job.recipe.dropout)
     model = ray.train.torch.prepare_model(network)
-    return State(model, torch.optim.AdamW(model.parameters(), job.recipe.learning_rate, weight_decay=0.01))
+    return Run(model, torch.optim.AdamW(model.parameters(), job.recipe.learning_rate, weight_decay=0.01))
 
 
-def _train_step(state: State, job: ProbeJob, images: Tensor, wanted: Tensor) -> Tensor:
+def _train_step(state: Run, job: ProbeJob, images: Tensor, wanted: Tensor) -> Tensor:
     for group in state.optimizer.param_groups:
         group["lr"] = job.recipe.learning_rate * _rate_factor(state.step, job.recipe.steps)
     # Dropout draws from the process's generator: set by the step, a resumed run draws what it would have drawn.

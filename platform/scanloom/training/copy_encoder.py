@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Self
 
 import pyarrow as pa
@@ -24,11 +22,10 @@ from scanloom.recipe_audit import CopyDetection
 from scanloom.shards.writer import png_pixels
 from scanloom.store import Store
 from scanloom.training.copy_views import changed
-from scanloom.training.data_parallel import bare, mean_over_workers, report_checkpoint, restore
+from scanloom.training.data_parallel import Length, Run, report_checkpoint, run_steps
 from scanloom.training.draws import positions, rows_at
 
 CHECKPOINT = "copy-encoder.pt"
-REPORT_EVERY_STEPS = 20
 _LEAST_PX = 4
 # What does not change the network: where it is trained, apart from `workers`, see `advance`, and how it is judged.
 _PLACE = {
@@ -69,38 +66,19 @@ def levels(settings: CopyDetection, size_px: int) -> tuple[int, ...]:
     return settings.channels[: max(2, int(math.log2(size_px / _LEAST_PX)))]
 
 
-@dataclass
-class State:
-    """A run's network and optimizer."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-
-    @property
-    def network(self) -> CopyEncoder:
-        network: CopyEncoder = bare(self.model)
-        return network
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {"model": self.network, "optimizer": self.optimizer}
-
-
 def initial(
     settings: CopyDetection, size_px: int, seed: int, prepare: Callable[[nn.Module], nn.Module] = lambda model: model
-) -> State:
+) -> Run:
     """A network at its start, drawn by `seed`; `prepare` places and wraps it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = CopyEncoder(levels(settings, size_px), settings.width)
     model = prepare(network)
-    return State(model, torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=0.01))
+    return Run(model, torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=0.01))
 
 
 def advance(
-    state: State, settings: CopyDetection, squares_R1SS: Tensor, seed: int, rank: int = 0, workers: int = 1
+    state: Run, settings: CopyDetection, squares_R1SS: Tensor, seed: int, rank: int = 0, workers: int = 1
 ) -> Tensor:
     """Train one step on squares in [-1, 1], on any device; the loss, a scalar.
 
@@ -129,7 +107,8 @@ def fit(settings: CopyDetection, squares_R1SS: Tensor, seed: int = 0) -> CopyEnc
     state = initial(settings, squares_R1SS.shape[-1], seed)
     while state.step < settings.steps:
         advance(state, settings, squares_R1SS, seed)
-    return state.network.eval()
+    network: CopyEncoder = state.network
+    return network.eval()
 
 
 def train_copy_encoder(config: dict[str, Any]) -> dict[str, Any]:
@@ -149,25 +128,13 @@ def _train(job: CopyEncoderJob) -> dict[str, Any]:
     torch.set_num_threads(settings.cpus_per_worker)
     squares = _squares(job)
     state = initial(settings, job.size_px, job.seed, ray.train.torch.prepare_model)
-    metrics = restore(CHECKPOINT, state.parts)
-    state.step = metrics.get("step", 0)
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    started, resumed_at = time.monotonic(), state.step
-    while state.step < settings.steps:
-        loss = advance(state, settings, squares, job.seed, rank, workers)
-        saving = state.step % settings.checkpoint_every_steps == 0 and state.step < settings.steps
-        if not saving and state.step % REPORT_EVERY_STEPS and state.step < settings.steps:
-            continue
-        mean_loss = mean_over_workers(loss)
-        if not math.isfinite(mean_loss):
-            raise RecipeError(f"audit: the loss is no number at step {state.step}; lower audit.copies.learning_rate")
-        rate = (state.step - resumed_at) * settings.batch_size / (time.monotonic() - started)
-        metrics = {"step": state.step, "loss": mean_loss, "images_per_s": rate}
-        if saving:
-            report_checkpoint(CHECKPOINT, state.parts, metrics, rank)
-        else:
-            ray.train.report(metrics)
+
+    def step(rank: int, workers: int) -> Tensor:
+        return advance(state, settings, squares, job.seed, rank, workers)
+
+    length = Length(settings.steps, settings.batch_size, settings.checkpoint_every_steps)
+    metrics = run_steps(state, CHECKPOINT, length, step, "audit.copies.learning_rate")
+    rank = ray.train.get_context().get_world_rank()
     if rank == 0:
         # Also where a resumed run finds all its steps done: what it had written may be gone.
         Store(job.weights_uri).write(job.weights_key, weights_of(state.network))

@@ -1,9 +1,12 @@
-"""What training under DistributedDataParallel shares: bare networks, means over workers, checkpoints of one file."""
+"""What training under DistributedDataParallel shares: the loop, means over workers, checkpoints of one file."""
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,68 @@ import ray.train
 import torch
 import torch.distributed
 from torch import Tensor, nn
+
+from scanloom.errors import RecipeError
+
+REPORT_EVERY_STEPS = 20
+
+
+@dataclass
+class Run:
+    """A network in training, its optimizer, and the steps that it has taken."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    @property
+    def network(self) -> Any:
+        return bare(self.model)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"model": self.network, "optimizer": self.optimizer}
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is, and how often it is saved."""
+
+    steps: int
+    batch_size: int
+    checkpoint_every_steps: int
+
+
+def run_steps(
+    run: Run, file: str, length: Length, advance: Callable[[int, int], Tensor], learning_rate: str
+) -> dict[str, Any]:
+    """Take what is left of a run's steps, from its last checkpoint in `file` on; the last metrics. Collective.
+
+    `advance(rank, workers)` takes one step, counts it in `run.step`, and gives its loss. Raises RecipeError, naming
+    the recipe's key `learning_rate`, where the loss is no number, before a checkpoint is overwritten.
+    """
+    metrics = restore(file, run.parts)
+    run.step = metrics.get("step", 0)
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    started, resumed_at = time.monotonic(), run.step
+    while run.step < length.steps:
+        loss = advance(rank, workers)
+        saving = run.step % length.checkpoint_every_steps == 0 and run.step < length.steps
+        if not saving and run.step % REPORT_EVERY_STEPS and run.step < length.steps:
+            continue
+        mean_loss = mean_over_workers(loss)
+        if not math.isfinite(mean_loss):
+            section = learning_rate.partition(".")[0]
+            raise RecipeError(f"{section}: the loss is no number at step {run.step}; lower {learning_rate}")
+        rate = (run.step - resumed_at) * length.batch_size / (time.monotonic() - started)
+        metrics = {"step": run.step, "loss": mean_loss, "images_per_s": rate}
+        if saving:
+            report_checkpoint(file, run.parts, metrics, rank)
+        else:
+            ray.train.report(metrics)
+    return metrics
 
 
 def bare(model: nn.Module) -> Any:
