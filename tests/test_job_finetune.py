@@ -157,6 +157,7 @@ def test_the_released_weights_moved_from_where_training_began(generator: Artefac
     assert sum(moved) / len(moved) > 0.95
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_step_and_ends_in_the_same_weights(generator: Artefact, beside: str) -> None:
     with _killed_at_checkpoint(beside, 1):
         finetune(recipe(beside, log_every_steps=1))

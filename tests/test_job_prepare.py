@@ -134,6 +134,7 @@ def start(args: list[str], **environment: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_driver_killed_between_two_units_is_resumed_to_the_same_corpus(ray_cluster: None, tmp_path: Path) -> None:
     import ray
 

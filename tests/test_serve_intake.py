@@ -195,7 +195,9 @@ def test_a_request_leaves_one_line_of_json(ask: Asked, measure: Counted, caplog:
     assert lines[0]["bytes_in"] == len(b'{"steps":2,"count":3}')
     assert (lines[1]["status"], lines[1]["tenant"]) == (401, "")
     assert lines[2]["route"] == "/v1/generators/{name}"
-    assert not any(word in record.getMessage() for record in caplog.records for word in ("secret", KEYS["lab"]))
+    # The client is in this process, too, and may log what it asks for.
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("scanloom")]
+    assert not any(word in line for line in ours for word in ("secret", KEYS["lab"]))
     assert measure.answers == [
         ("/v1/images", "clinic-a", 200), ("", "", 401), ("/v1/generators/{name}", "clinic-a", 200),
     ]  # fmt: skip

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,6 +18,7 @@ from prometheus_client.samples import Sample
 
 from serve.metrics import MOST_VALUES, Metrics
 
+ROOT = Path(__file__).resolve().parents[1]
 FIRST = """# HELP ray_scanloom_requests_total Requests answered.
 # TYPE ray_scanloom_requests_total counter
 ray_scanloom_requests_total{route="/v1/images",status="200",WorkerId="a"} 3.0
@@ -97,14 +102,30 @@ def test_a_node_that_is_silent_and_one_that_is_gone_are_counted_and_break_nothin
     assert {s.labels["state"]: s.value for s in found["ray_scanloom_nodes"]} == {"read": 2.0, "silent": 2.0}
 
 
+WITHOUT_RAY = """
+import asyncio
+from serve.metrics import Metrics
+
+measure = Metrics()
+measure.answered("/v1/images", "team", 200, 0.1)
+measure.refused("busy")
+measure.asked(4)
+measure.redrawn("blank", 2)
+measure.engine(slots=8, used=2, waiting=1, loaded=1, steps=10, images=3)
+print(asyncio.run(measure.exposition()).decode())
+"""
+
+
 def test_without_ray_nothing_is_counted_and_nothing_fails() -> None:
-    measure = Metrics()
-    measure.answered("/v1/images", "team", 200, 0.1)
-    measure.refused("busy")
-    measure.asked(4)
-    measure.redrawn("blank", 2)
-    measure.engine(slots=8, used=2, waiting=1, loaded=1, steps=10, images=3)
-    assert b'ray_scanloom_nodes{state="read"} 0' in asyncio.run(measure.exposition())
+    """In a process of its own: the session's has a Ray, as soon as any other test has asked for it."""
+    path = os.pathsep.join(["platform", "."])
+    told = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True,
+        text=True, timeout=100,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert 'ray_scanloom_nodes{state="read"} 0' in told.stdout
+    assert "ray_scanloom_requests" not in told.stdout
 
 
 def test_a_label_takes_so_many_values_and_counts_the_rest_together() -> None:
