@@ -58,9 +58,11 @@ def result(future: Future[MadeImages]) -> MadeImages:
 def settled(desk: Desk) -> None:
     """Wait until nothing is in the desk's slots any more."""
     deadline = time.monotonic() + PATIENCE_S
-    while desk.status().slots_used + desk.status().waiting:
-        assert time.monotonic() < deadline, desk.status()
-        time.sleep(0.001)
+    with desk._changed:
+        while desk.status().slots_used + desk.status().waiting:
+            assert time.monotonic() < deadline, desk.status()
+            # Not every freed slot is told, so a wait ends by itself, too.
+            desk._changed.wait(0.01)
 
 
 # --- the same images as a dataset's -----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Writes the Grafana dashboards beside it: `python k8s/components/monitoring/dashboards.py`. A test keeps them equal.
 
-Ray's own (nodes, Serve, Data, Train) lie on every head in /tmp/ray/session_latest/metrics/grafana/dashboards.
+Ray's own (nodes, Serve, Data, Train) lie on every head in the folder of its session, in metrics/grafana/dashboards.
 """
 
 from __future__ import annotations
