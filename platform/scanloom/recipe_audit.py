@@ -6,10 +6,10 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from scanloom.section import Count, Positive, Section
+from scanloom.section import Count, DataParallel, Positive, Section
 
 
-class CopyDetection(Section):
+class CopyDetection(DataParallel):
     """The encoder that copies are looked for with, trained on the corpus, and what it is asked for."""
 
     size_px: Annotated[int, Field(ge=32)] = 96
@@ -29,11 +29,6 @@ class CopyDetection(Section):
     """Of held-out patients, at most so many may have a scan that counts as a copy."""
     planted_scans: Count = 512
     """Of so many training scans copies are planted, to see how many are found."""
-    workers: Count = 1
-    cpus_per_worker: Count = 1
-    use_gpu: bool = False
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    checkpoint_every_steps: Count = 200
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

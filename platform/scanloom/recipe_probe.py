@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from scanloom.section import Count, Positive, Section
+from scanloom.section import Count, DataParallel, Positive
 
 
-class Probe(Section):
+class Probe(DataParallel):
     """A classifier trained on the corpus, against which a dataset's images are checked."""
 
     size_px: Annotated[int, Field(ge=16)] = 128
@@ -26,14 +26,3 @@ class Probe(Section):
     """Scans are moved by up to this share of the side while it learns."""
     max_scans: Count = 50000
     """Of the train split, and of the validation split, which it is judged by."""
-    workers: Count = 1
-    cpus_per_worker: Count = 1
-    use_gpu: bool = False
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    checkpoint_every_steps: Count = 200
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        if self.batch_size % self.workers:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of workers {self.workers}")
-        return self

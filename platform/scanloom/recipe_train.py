@@ -7,10 +7,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from scanloom.recipe_denoiser import AttributeUnet, Denoiser
-from scanloom.section import Count, Fraction, Positive, Section
+from scanloom.section import Count, DataParallel, Fraction, Positive, Section
 
 
-class Autoencoder(Section):
+class Autoencoder(DataParallel):
     """AutoencoderKL: taken as it is, trained on from given weights, or trained on the corpus from nothing.
 
     Weights are given as a diffusers folder, local or in a store, that holds them itself or in `vae/`, so that a base
@@ -36,16 +36,6 @@ class Autoencoder(Section):
     max_scans: Count = 20000
     """Scans of the train split that it is trained on; more teach an autoencoder little."""
     workers: Count = 2
-    cpus_per_worker: Count = 1
-    use_gpu: bool = False
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    checkpoint_every_steps: Count = 200
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        if self.batch_size % self.workers:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of workers {self.workers}")
-        return self
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

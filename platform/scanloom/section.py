@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -35,6 +35,23 @@ class Section(BaseModel):
                 if key not in cls.model_fields:
                     raise UnknownKey(str(key), cls.model_fields)
         return data
+
+
+class DataParallel(Section):
+    """How a network is trained by several workers at once, each on a part of every batch."""
+
+    batch_size: Count
+    workers: Count = 1
+    cpus_per_worker: Count = 1
+    use_gpu: bool = False
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    checkpoint_every_steps: Count = 200
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of workers {self.workers}")
+        return self
 
 
 def nearest(word: str, known: Mapping[str, object] | Sequence[str]) -> str:
