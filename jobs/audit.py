@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 from jobs.cluster import connected, interruptible, require_room, run_recipe
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, open_artefact, plan_digest, publish
-from scanloom.audit.measuring import ENCODER, AuditJob, make_audit
+from scanloom.audit.measuring import ENCODER, AuditJob, Measured, make_audit, write_report
 from scanloom.audit.report import REPORT, read_report
 from scanloom.errors import RecipeError
 from scanloom.recipe import Recipe
@@ -94,8 +94,8 @@ def _measure(
         size_px=size_px, channels=levels(recipe.audit.copies, size_px), probe_uri=None if probe is None else probe.uri,
     )  # fmt: skip
     work: Any = ray.remote(num_cpus=1, max_retries=3)(make_audit)
-    found = interruptible(lambda: ray.get(work.remote(job.model_dump(mode="json"))))
-    return [FileEntry.model_validate(entry) for entry in found]
+    measured: Measured = interruptible(lambda: ray.get(work.remote(job.model_dump(mode="json"))))
+    return write_report(measured, measured.report, store)
 
 
 def _report(made: Artefact, seconds: float) -> None:

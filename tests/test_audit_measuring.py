@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save
 
 from scanloom.artefact import Artefact, open_artefact, publish
-from scanloom.audit.measuring import ENCODER, AuditJob, make_audit, see
+from scanloom.audit.measuring import ENCODER, AuditJob, make_audit, see, write_report
 from scanloom.audit.report import PAGE, REPORT, Report, read_report
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import ProbeNetwork
@@ -60,9 +60,10 @@ def measured(folder: Path, name: str, *, probe: bool = False, images: int = 1000
         settings=settings, seed=0, corpus_uri=f"{folder}/corpus", dataset_uri=f"{folder}/dataset",
         audit_uri=store.uri, size_px=SIZE, channels=CHANNELS, probe_uri=f"{folder}/probe" if probe else None,
     )  # fmt: skip
-    entries = make_audit(job.model_dump(mode="json"))
-    assert {entry["path"] for entry in entries} == {REPORT, PAGE, ENCODER, "private/pairs.png"}
-    assert all(store.digest(entry["path"]).sha256 == entry["sha256"] for entry in entries)
+    found = make_audit(job.model_dump(mode="json"))
+    entries = write_report(found, found.report, store)
+    assert {entry.path for entry in entries} == {REPORT, PAGE, ENCODER, "private/pairs.png"}
+    assert all(store.digest(entry.path).sha256 == entry.sha256 for entry in entries)
     return read_report(store.read(REPORT), "report")
 
 

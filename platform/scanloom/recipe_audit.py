@@ -39,10 +39,35 @@ class CopyDetection(DataParallel):
         return self
 
 
+class MembershipInference(Section):
+    """The attack on the generator by someone who holds it and a scan."""
+
+    scans: Count = 500
+    """Of the train split, and as many of held-out patients."""
+    use_gpu: bool = False
+
+
+class UtilityStudy(Section):
+    """Classifiers trained on real and on synthetic images, and tested on held-out scans."""
+
+    labels: tuple[str, ...] | None = None
+    """Findings that they read; None: those with enough held-out scans that have it and that have not."""
+    seeds: Count = 3
+    steps: Count = 400
+    size_px: Annotated[int, Field(ge=32)] = 64
+    images: Count = 5000
+    """Of the train split, and of the dataset, at most so many."""
+    use_gpu: bool = False
+
+
 class Audit(Section):
     """What is measured of a dataset before it may leave."""
 
     copies: CopyDetection = CopyDetection()
+    membership: MembershipInference | None = MembershipInference()
+    """None: not measured."""
+    utility: UtilityStudy | None = UtilityStudy()
+    """None: not measured."""
     images: Count = 10000
     """Of the dataset, at most so many are looked at, spread over all of it."""
     pairs: Count = 12

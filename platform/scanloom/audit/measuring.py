@@ -96,6 +96,18 @@ class AuditJob(BaseModel):
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What `make_audit` found, and what is shown of it."""
+
+    report: Report
+    likenesses: Likenesses
+    sheet_png: bytes
+    """Synthetic images."""
+    files: tuple[FileEntry, ...]
+    """Written into the audit's folder already."""
+
+
+@dataclass(frozen=True)
 class Seen:
     """What is kept of some images, in the order of their ids."""
 
@@ -171,8 +183,8 @@ def see(
     return Seen(vectors, mirrored, spectra, levels, owners, attributes, np.stack(kept), places, np.concatenate(told))
 
 
-def make_audit(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Measure a dataset and write its audit's files; their entries. `config` is an AuditJob as a dict.
+def make_audit(config: Mapping[str, Any]) -> Measured:
+    """Measure a dataset beside its corpus. `config` is an AuditJob as a dict.
 
     The encoder lies at ENCODER in the audit's folder already. ArtefactError where the corpus has too few held-out
     patients to calibrate and to check.
@@ -220,17 +232,25 @@ def make_audit(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         _rows([_tile(images, place) for place in range(min(_SHOWN, len(images.sample)))]),
         tile_px=_TILE_PX,
     )
-    told = page(report, Likenesses(threshold.tau, held_out.likeness_N, found.likeness_N, planted), sheet)
-    files = {
-        REPORT: report.model_dump_json(indent=1).encode(),
-        PAGE: told.encode(),
-        PAIRS: _pairs(job, corpus, dataset, found),
-    }
-    entries = [FileEntry.of(target.digest(ENCODER))]
+    pairs = _pairs(job, corpus, dataset, found)
+    target.write(PAIRS, pairs)
+    return Measured(
+        report, Likenesses(threshold.tau, held_out.likeness_N, found.likeness_N, planted), sheet,
+        (FileEntry.of(target.digest(ENCODER)), _entry(PAIRS, pairs)),
+    )  # fmt: skip
+
+
+def write_report(measured: Measured, report: Report, target: Store) -> list[FileEntry]:
+    """Write what is to be read, of `measured` with the parts that others added; the entries of all files."""
+    told = page(report, measured.likenesses, measured.sheet_png)
+    files = {REPORT: report.model_dump_json(indent=1).encode(), PAGE: told.encode()}
     for path, data in files.items():
         target.write(path, data)
-        entries.append(FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
-    return [entry.model_dump() for entry in entries]
+    return [*measured.files, *(_entry(path, data) for path, data in files.items())]
+
+
+def _entry(path: str, data: bytes) -> FileEntry:
+    return FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def _held_out(corpus: Artefact, real: Callable[[str], Seen]) -> tuple[Seen, Seen]:

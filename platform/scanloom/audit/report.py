@@ -135,6 +135,73 @@ class Reading(_Record):
     """Too few images for the figure to mean much."""
 
 
+class MembershipAttack(_Record):
+    """How well one attack tells scans that the generator learned from from those of held-out patients."""
+
+    name: str
+    auc: Interval
+    """0.5 where nothing is betrayed."""
+    tpr: Interval
+    """Share of members found where at most one in a hundred others is taken for one; 0.01 where nothing is."""
+
+
+class Membership(_Record):
+    """What whoever holds the generator could tell of a scan that they hold too."""
+
+    generator: str
+    """Its digest."""
+    members: int
+    others: int
+    member_patients: int
+    other_patients: int
+    attacks: tuple[MembershipAttack, ...]
+
+
+class Subgroup(_Record):
+    """Figures of the images of one cell alone, each beside that of real scans of the same cell."""
+
+    cell: str
+    images: int
+    held_out_scans: int
+    figures: Mapping[str, Beside]
+    small: bool
+    """Too few images or scans for the figures to mean much."""
+
+
+class Gap(_Record):
+    """How far the worst of some cells lies from the best, of one figure."""
+
+    figure: str
+    of: str
+    """The category whose values the cells are."""
+    worst: str
+    best: str
+    gap: Interval
+
+
+class Usefulness(_Record):
+    """How well a classifier that learned in one way reads a label of held-out real scans."""
+
+    arm: Literal["real", "synthetic", "real and synthetic", "synthetic, then real"]
+    label: str
+    cell: str
+    """All, or the part of the held-out scans that it is of."""
+    auc: Interval
+    scans: int
+    positives: int
+    seeds: int
+    small: bool
+
+
+class Utility(_Record):
+    """What the images are worth for training."""
+
+    classifier: str
+    train_scans: int
+    synthetic_images: int
+    figures: tuple[Usefulness, ...]
+
+
 class Report(_Record):
     """All that an audit found."""
 
@@ -143,7 +210,11 @@ class Report(_Record):
     copies: Copies | None = None
     fidelity: Mapping[str, Beside] | None = None
     appearance: Mapping[str, Beside] | None = None
+    membership: Membership | None = None
     fairness: tuple[Reading, ...] | None = None
+    subgroups: tuple[Subgroup, ...] | None = None
+    gaps: tuple[Gap, ...] | None = None
+    utility: Utility | None = None
     probe: str | None = None
     """Digest of the probe that read for it."""
     seconds: float
