@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
@@ -60,13 +59,12 @@ from scanloom.audit.report import (
     Report,
     Subject,
 )
+from scanloom.audit.scans import Row, pixels_of, shards, spread, spread_count, square
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import Probe, load_probe
-from scanloom.models.copy_encoder import EMBED_ROWS, embedding, load_copy_encoder, square_of
+from scanloom.models.copy_encoder import EMBED_ROWS, embedding, load_copy_encoder
 from scanloom.recipe_audit import Audit
 from scanloom.sampling.dataset import IMAGES
-from scanloom.shards.reader import read_parquet
-from scanloom.shards.writer import image_pixels, png_pixels
 from scanloom.store import Store
 
 ENCODER = "copies/encoder.safetensors"
@@ -152,26 +150,24 @@ def see(
     probe: Probe | None = None, sample: int = _SAMPLE,
 ) -> Seen:  # fmt: skip
     """At most `most` images of an artefact's folder, spread over all of it; ArtefactError for a damaged shard."""
-    total = sum(_rows_of(artefact, entry) for entry in _shards(artefact, folder))
-    stride = max(1, math.ceil(total / most))
-    kept_every = max(1, math.ceil(total / stride / sample))
+    kept_every = max(1, math.ceil(spread_count(artefact, folder, most) / sample))
     parts: list[list[Any]] = [[], [], [], []]
     owners: list[str] = []
     attributes: list[Attributes] = []
     kept: list[NDArray[np.float32]] = []
     places: list[int] = []
     told: list[NDArray[np.float32]] = []
-    for batch in _batches(_chosen(artefact, folder, stride)):
-        squares = np.stack([_square(row, folder, size_px) for row in batch])
+    for batch in _batches(spread(artefact, folder, most)):
+        squares = np.stack([square(row, folder, size_px) for row in batch])
         mirrored = np.ascontiguousarray(squares[:, :, ::-1])
         for part, value in zip(
             parts, (embed(squares), embed(mirrored), radial_power(squares), grey_levels(squares)), strict=True
         ):
             part.append(value)
         told.append(_read(probe, batch, folder))
-        for row, square in zip(batch, squares, strict=True):
+        for row, seen in zip(batch, squares, strict=True):
             if len(owners) % kept_every == 0:
-                kept.append(square)
+                kept.append(seen)
                 places.append(len(owners))
             owners.append(row["id"] if folder == IMAGES else row["patient"])
             attributes.append(schema.from_row(row))
@@ -255,7 +251,7 @@ def _entry(path: str, data: bytes) -> FileEntry:
 
 def _held_out(corpus: Artefact, real: Callable[[str], Seen]) -> tuple[Seen, Seen]:
     """Scans to calibrate with, and of other patients to check on: holdout and validation, or the halves of either."""
-    splits = [split for split in ("holdout", "validation") if list(_shards(corpus, split))]
+    splits = [split for split in ("holdout", "validation") if shards(corpus, split)]
     seen = [one for one in map(real, splits) if len(one)]
     if len(seen) == 2:
         return seen[0], seen[1]
@@ -376,10 +372,8 @@ def _pairs(job: AuditJob, corpus: Artefact, dataset: Artefact, found: Found) -> 
 def _squares_at(
     artefact: Artefact, folder: str, most: int, places: Sequence[int], size_px: int
 ) -> dict[int, NDArray[np.float32]]:
-    total = sum(_rows_of(artefact, entry) for entry in _shards(artefact, folder))
-    wanted = set(places)
-    chosen = enumerate(_chosen(artefact, folder, max(1, math.ceil(total / most))))
-    return {place: _square(row, folder, size_px) for place, row in chosen if place in wanted}
+    wanted, chosen = set(places), enumerate(spread(artefact, folder, most))
+    return {place: square(row, folder, size_px) for place, row in chosen if place in wanted}
 
 
 def _rows(tiles: Sequence[Tile]) -> list[SheetRow]:
@@ -398,28 +392,8 @@ def _tile(seen: Seen, place: int) -> Tile:
 # --- reading --------------------------------------------------------------------------------------------------
 
 
-def _shards(artefact: Artefact, folder: str) -> Iterator[FileEntry]:
-    yield from (entry for entry in artefact.files(folder) if entry.path.endswith(".parquet"))
-
-
-def _rows_of(artefact: Artefact, entry: FileEntry) -> int:
-    rows: int = pq.read_metadata(artefact.store.path(entry.path), filesystem=artefact.store.filesystem).num_rows
-    return rows
-
-
-def _chosen(artefact: Artefact, folder: str, stride: int) -> Iterator[dict[str, Any]]:
-    """Every `stride`-th row; one shard in memory at a time."""
-    number = 0
-    for entry in _shards(artefact, folder):
-        table = read_parquet(artefact.store, entry)
-        first = -number % stride
-        for place in range(first, len(table), stride):
-            yield table.slice(place, 1).to_pylist()[0]
-        number += len(table)
-
-
-def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
     for row in rows:
         batch.append(row)
         if len(batch) == EMBED_ROWS:
@@ -429,22 +403,11 @@ def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield batch
 
 
-def _read(probe: Probe | None, batch: Sequence[dict[str, Any]], folder: str) -> NDArray[np.float32]:
+def _read(probe: Probe | None, batch: Sequence[Row], folder: str) -> NDArray[np.float32]:
     if probe is None:
         return np.zeros((len(batch), 0), np.float32)
     # Scans of a corpus may differ in their type; each is read by itself, with the same result.
-    pixels = [image_pixels(row) if folder == IMAGES else png_pixels(row["image"]["bytes"]) for row in batch]
-    bits = [
-        row["bits_stored"] if folder == IMAGES else 8 * one.itemsize for row, one in zip(batch, pixels, strict=True)
-    ]
+    pixels, bits = zip(*(pixels_of(row, folder) for row in batch), strict=True)
     if len({(one.shape, depth) for one, depth in zip(pixels, bits, strict=True)}) == 1:
         return probe.read(np.stack(pixels), bits[0])
     return np.concatenate([probe.read(one[None], depth) for one, depth in zip(pixels, bits, strict=True)])
-
-
-def _square(row: Mapping[str, Any], folder: str, size_px: int) -> NDArray[np.float32]:
-    if folder == IMAGES:
-        return square_of(image_pixels(row), row["bits_stored"], size_px)
-    pixels = png_pixels(row["image"]["bytes"])
-    # A corpus uses the whole range of the type.
-    return square_of(pixels, 8 * pixels.itemsize, size_px)
