@@ -47,16 +47,39 @@ class MembershipInference(Section):
     use_gpu: bool = False
 
 
+class Fidelity(Section):
+    """What else than the audit's own encoder looks at how alike the images are to real ones."""
+
+    backbone: str | None = None
+    """A given network: a folder in transformers' format, a hub id or a TorchScript file, by path or store URI."""
+
+
+class Fairness(Section):
+    """For which groups of people the audit tells its figures apart."""
+
+    groups: tuple[str, ...] | None = None
+    """Attributes whose values, or bands of whose number, make groups alone and all together; None: the first three
+    that are categories or numbers."""
+
+
 class UtilityStudy(Section):
     """Classifiers trained on real and on synthetic images, and tested on held-out scans."""
 
     labels: tuple[str, ...] | None = None
-    """Findings that they read; None: those with enough held-out scans that have it and that have not."""
+    """What they read, as `findings=Effusion`; None: every label. Those too rare to test are left out, by name."""
     seeds: Count = 3
     steps: Count = 400
+    """Of every classifier, whatever it learns from; where it learns from one and then the other, half of them each."""
+    batch_size: Annotated[int, Field(ge=4)] = 32
+    learning_rate: Positive = 2e-3
     size_px: Annotated[int, Field(ge=32)] = 64
+    """It looks at squares of this side, or of the corpus's where that is smaller."""
+    backbone: str | None = None
+    """A given network, as in `fidelity`: its vectors are read by a linear layer. None: MONAI's DenseNet, small."""
+    least_patients: Count = 10
+    """A label counts where so many held-out patients have it and so many have not."""
     images: Count = 5000
-    """Of the train split, and of the dataset, at most so many."""
+    """Of the train split, of the held-out splits, and of the dataset, at most so many."""
     use_gpu: bool = False
 
 
@@ -66,6 +89,8 @@ class Audit(Section):
     copies: CopyDetection = CopyDetection()
     membership: MembershipInference | None = MembershipInference()
     """None: not measured."""
+    fidelity: Fidelity = Fidelity()
+    fairness: Fairness = Fairness()
     utility: UtilityStudy | None = UtilityStudy()
     """None: not measured."""
     images: Count = 10000
