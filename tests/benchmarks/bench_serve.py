@@ -78,7 +78,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
 # --- who is measured --------------------------------------------------------------------------------------------
 
 
-def bare_engine(rows: int, seconds: float) -> float:
+def bare_engine(rows: int, seconds: float, compiled: bool) -> float:
     """Images per second of an engine that is handed one request after the other, in this process."""
     import itertools
 
@@ -86,7 +86,7 @@ def bare_engine(rows: int, seconds: float) -> float:
     from scanloom.sampling.workbench import open_workbench
     from tests.benchmarks.open_load import ATTRIBUTES
 
-    bench = open_workbench(GENERATOR, slots=SLOTS, rows=rows)
+    bench = open_workbench(GENERATOR, slots=SLOTS, rows=rows, compiled=compiled)
     bench.warm_up()
     asked = (ImageRequest(n, 1, ATTRIBUTES, steps) for n, steps in zip(itertools.count(), step_counts(3), strict=False))
     started, made, counted = time.perf_counter(), 0, 0.0
@@ -100,10 +100,10 @@ def bare_engine(rows: int, seconds: float) -> float:
 
 
 @contextmanager
-def scanloom(folder: Path, deadline_s: float) -> Iterator[Target]:
+def scanloom(folder: Path, deadline_s: float, compiled: bool) -> Iterator[Target]:
     lenient = {"least_contrast": 0.0, "most_white": 1.0, "most_black": 1.0}
     settings = {
-        "generators": [{"name": "base", "uri": GENERATOR, "quality": lenient}],
+        "generators": [{"name": "base", "uri": GENERATOR, "compiled": compiled, "quality": lenient}],
         "replicas": {"slots": SLOTS, "rows": ROWS, "cpus": 1, "requests": 256},
     }
     with RunningService(folder, written(folder, config(settings))) as service:
@@ -147,10 +147,10 @@ def _await_image(process: subprocess.Popen[bytes], target: Target, log: Path) ->
     raise RuntimeError(f"{process.args}: not ready within {STARTS_S:g} s")
 
 
-def services(folder: Path, deadline_s: float) -> dict[str, Callable[[], Any]]:
+def services(folder: Path, deadline_s: float, compiled: bool) -> dict[str, Callable[[], Any]]:
     """By name, what starts them."""
     return {
-        "scanloom": lambda: scanloom(folder, deadline_s),
+        "scanloom": lambda: scanloom(folder, deadline_s, compiled),
         "Ray Serve, @serve.batch": lambda: peer("ray", "/", deadline_s),
         "LitServe": lambda: peer("litserve", "/predict", deadline_s),
     }
@@ -176,16 +176,16 @@ def measure(target: Target, capacity: float, seconds: float, seed: int) -> dict[
     return found
 
 
-def alone(rows: int, seconds: float) -> float:
+def alone(rows: int, seconds: float, compiled: bool) -> float:
     """The bare engine, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        rate: float = pool.apply(bare_engine, (rows, seconds))
+        rate: float = pool.apply(bare_engine, (rows, seconds, compiled))
     return rate
 
 
-def measured(rounds: int, seconds: float) -> tuple[list[Run], dict[int, float], float]:
+def measured(rounds: int, seconds: float, compiled: bool) -> tuple[list[Run], dict[int, float], float]:
     """The runs, the bare engine's images per second by rows of a call, and the deadline of the requests."""
-    bare = {rows: alone(rows, max(10.0, seconds / 2)) for rows in (ROWS, SLOTS)}
+    bare = {rows: alone(rows, max(10.0, seconds / 2), compiled) for rows in (ROWS, SLOTS)}
     capacity = bare[ROWS]
     # Twice what an image of the most steps takes in a full engine.
     deadline_s = round(2 * MOST * SLOTS / capacity / statistics.mean((FEWEST, MOST)), 1)
@@ -194,7 +194,7 @@ def measured(rounds: int, seconds: float) -> tuple[list[Run], dict[int, float], 
     for turn in range(rounds):
         run: dict[str, dict[str, Figures]] = {}
         with tempfile.TemporaryDirectory(prefix="scanloom-bench-") as folder:
-            found = services(Path(folder), deadline_s)
+            found = services(Path(folder), deadline_s, compiled)
             for name in list(found)[:: -1 if turn % 2 else 1]:
                 with found[name]() as target:
                     run[name] = measure(target, capacity, seconds, seed=turn + 1)
@@ -216,10 +216,13 @@ Measured by `tests/benchmarks/bench_serve.py`. Ratios are what to compare: rates
 written by hand in `tests/benchmarks/serve_peers.py`.
 """
 LOAD_TITLE, ENGINE_TITLE = "Under load", "Beside the bare engine"
-TITLES = (LOAD_TITLE, ENGINE_TITLE)
+COMPILED = ", with a compiled denoiser"
+TITLES = (LOAD_TITLE, ENGINE_TITLE, LOAD_TITLE + COMPILED, ENGINE_TITLE + COMPILED)
 
 
-def under_load(runs: Sequence[Run], seconds: float, capacity: float, deadline_s: float) -> tuple[str, list[str]]:
+def under_load(
+    runs: Sequence[Run], seconds: float, capacity: float, deadline_s: float, compiled: bool
+) -> tuple[str, list[str]]:
     peers = [name for name in runs[0] if name != "scanloom"]
     gain = statistics.median(
         run["scanloom"]["80%"].images_per_s / max(run[name]["80%"].images_per_s for name in peers) for run in runs
@@ -234,8 +237,8 @@ def under_load(runs: Sequence[Run], seconds: float, capacity: float, deadline_s:
         f"steps, evenly spread, at the times of a Poisson process, {seconds:g} s a load of which the first {WARM:.0%} "
         "are not counted. Loads are shares of what the bare engine makes by itself of the same mix on one thread "
         f"({capacity:.1f} images/s). Every service has one model on one thread, and the machine's other core for all "
-        f"else, the sender of the requests included. scanloom: `scanloom serve`, {SLOTS} slots, {ROWS} rows a call. "
-        f"The peers: batches of up to {SLOTS} images, {WAIT_S:g} s of waiting for company, diffusers' scheduler, and "
+        f"else, the sender of the requests included. scanloom: `scanloom serve`, {SLOTS} slots, {ROWS} rows a call"
+        f"{', `compiled: true`, which the peers have not' if compiled else ''}. The peers: batches of up to {SLOTS} images, {WAIT_S:g} s of waiting for company, diffusers' scheduler, and "
         "as many steps as the longest image of the batch asks for; they refuse nothing. Latency counts from the "
         f"moment at which a request was to be sent. Every request states a deadline of {deadline_s:g} s, which the "
         f"peers do not look at.\n\n{_load_table(runs)}\n\nAt 80 %: {gain:.2f} times the throughput of the better "
@@ -292,14 +295,16 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=2)
     options.add_argument("--seconds", type=float, default=60.0, help="of each load")
+    options.add_argument("--compiled", action="store_true", help="of scanloom and the bare engine, the denoiser")
     options.add_argument("--dry", action="store_true", help="print the page's sections and leave the page as it is")
     asked = options.parse_args()
-    runs, bare, deadline_s = measured(asked.rounds, asked.seconds)
+    runs, bare, deadline_s = measured(asked.rounds, asked.seconds, asked.compiled)
     missed = []
     for title, (text, short) in {
-        LOAD_TITLE: under_load(runs, asked.seconds, bare[ROWS], deadline_s),
+        LOAD_TITLE: under_load(runs, asked.seconds, bare[ROWS], deadline_s, asked.compiled),
         ENGINE_TITLE: beside_engine(runs, bare),
     }.items():
+        title += COMPILED if asked.compiled else ""
         section = f"## {title}\n\nOn {machine()}, {asked.rounds} rounds.\n\n{text}"
         if not asked.dry:
             write_section(PAGE, HEAD, TITLES, title, section)
