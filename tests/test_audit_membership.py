@@ -1,15 +1,27 @@
-"""The loss attack: a denoiser that knows its scans by heart betrays them, one that knows the population does not."""
+"""A generator that knows its scans by heart betrays them, one that knows the population, or nothing, does not."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from scanloom.audit.membership import attacks, losses
-from scanloom.models.noise_schedule import noise_schedule
+from scanloom.artefact import Artefact, publish
+from scanloom.audit.membership import STRIDE, MembershipJob, attack, attacks, losses, step_errors
+from scanloom.audit.report import Membership
+from scanloom.errors import ArtefactError
+from scanloom.models.noise_schedule import PredictionType, noise_schedule
+from scanloom.recipe_audit import MembershipInference
+from scanloom.store import Store
 from scanloom.training.probes import Conditions, Denoise
+from tests.phantom_corpus import publish_corpus
+from tests.tiny_generator import publish_generator
+from tests.trained_generator import publish_trained
 
 SCHEDULE = noise_schedule("epsilon")
 SHAPE = (1, 4, 4)
@@ -38,6 +50,17 @@ def by_heart(known: Tensor) -> Denoise:
     return denoise
 
 
+Error = Callable[[Denoise, Tensor], np.ndarray[Any, Any]]
+
+
+def by_loss(denoise: Denoise, latents: Tensor) -> np.ndarray[Any, Any]:
+    return losses(denoise, SCHEDULE, latents, {}, seed=3, timesteps=TIMES)
+
+
+def by_step(denoise: Denoise, latents: Tensor) -> np.ndarray[Any, Any]:
+    return step_errors(denoise, SCHEDULE, latents, {}, timesteps=TIMES)
+
+
 def test_the_loss_of_the_right_denoiser_is_the_closed_form() -> None:
     found = losses(of_population, SCHEDULE, normal(0), {}, seed=1, timesteps=TIMES, noises=20)
     # Var[n | noisy] = 1 - sigma**2 = alpha**2 of data and noise that are standard normal.
@@ -46,21 +69,45 @@ def test_the_loss_of_the_right_denoiser_is_the_closed_form() -> None:
     assert found.shape == (150, 2)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_the_step_error_of_the_right_denoiser_is_the_closed_form(kind: PredictionType) -> None:
+    schedule, latents, times = noise_schedule(kind), normal(0), (50, 100)
+    alphas, sigmas = schedule.alphas_T, schedule.sigmas_T
+
+    def denoise(noisy_BCHW: Tensor, times_B: Tensor, _: Conditions) -> Tensor:
+        """E[x | noisy] = alpha noisy / (alpha**2 + sigma**2) of standard normal data, E[n | noisy] with sigma."""
+        alpha, sigma = float(alphas[times_B[0]]), float(sigmas[times_B[0]])
+        per = noisy_BCHW / (alpha**2 + sigma**2)
+        return {"epsilon": sigma * per, "v_prediction": 0.0 * per, "flow": (sigma - alpha) * per}[kind]
+
+    def factor(before: int, after: int) -> float:
+        scale = alphas[before] ** 2 + sigmas[before] ** 2
+        return float((alphas[after] * alphas[before] + sigmas[after] * sigmas[before]) / scale)
+
+    found = step_errors(denoise, schedule, latents, {}, timesteps=times)
+    for column, time in enumerate(times):
+        there = np.prod([factor(at, at + STRIDE) for at in range(0, time, STRIDE)])
+        changed = 1.0 - factor(time, time + STRIDE) * factor(time + STRIDE, time)
+        expected = (there * changed) ** 2 * latents.square().flatten(1).mean(1).numpy()
+        assert found[:, column] == pytest.approx(expected, rel=2e-2, abs=1e-12)
+
+
 def test_memorising_is_betrayed_and_knowing_the_population_is_not() -> None:
     members, others = normal(1), normal(2)
 
-    def told(denoise: Denoise) -> dict[str, tuple[float, float, float, float]]:
-        ours, theirs = (losses(denoise, SCHEDULE, x, {}, seed=3, timesteps=TIMES) for x in (members, others))
+    def told(denoise: Denoise, error: Error) -> dict[str, tuple[float, float, float, float]]:
+        ours, theirs = error(denoise, members), error(denoise, others)
         found = attacks(ours, theirs, NAMES, NAMES, TIMES)
         return {one.name: (one.auc.low, one.auc.high, one.tpr.low, one.tpr.high) for one in found}
 
-    caught, innocent = told(by_heart(members)), told(of_population)
-    assert list(caught) == ["timestep 100", "timestep 500", "mean"]
-    assert caught["timestep 100"][0] > 0.95
-    assert caught["timestep 100"][2] > 0.9
-    assert innocent["mean"][0] < 0.5
-    assert innocent["mean"][1] < 0.65
-    assert innocent["mean"][2] <= 0.01
+    for error in (by_loss, by_step):
+        caught, innocent = told(by_heart(members), error), told(of_population, error)
+        assert list(caught) == ["timestep 100", "timestep 500", "mean"]
+        assert caught["timestep 100"][0] > 0.95
+        assert caught["timestep 100"][2] > 0.9
+        assert innocent["mean"][0] < 0.5
+        assert innocent["mean"][1] < 0.65
+        assert innocent["mean"][2] <= 0.01
 
 
 def test_patients_with_several_scans_make_the_interval_wider() -> None:
@@ -82,3 +129,43 @@ def test_conditions_go_with_their_latents() -> None:
 
     losses(denoise, SCHEDULE, normal(0)[:40], {"label": torch.arange(40)}, seed=0, timesteps=(10,))
     assert torch.cat(seen).tolist() == list(range(40))
+
+
+def test_an_untrained_generator_betrays_nothing(tmp_path: Path) -> None:
+    corpus = publish_corpus(f"{tmp_path}/corpus", scans=96)
+    found = told_of(corpus, publish_trained(f"{tmp_path}/generator", corpus, steps=0))
+    assert (found.members, found.others, found.member_patients) == (72, 24, 72)
+    assert [one.name for one in found.attacks if one.name.endswith("mean")] == ["loss, mean", "t-error, mean"]
+    assert all((one.auc.low or 0.0) < 0.5 < (one.auc.high or 1.0) for one in found.attacks if "mean" in one.name)
+
+
+@pytest.mark.slow
+def test_a_generator_trained_for_too_long_betrays_its_scans(tmp_path: Path) -> None:
+    corpus = publish_corpus(f"{tmp_path}/corpus", scans=160)
+    settings: dict[str, Any] = {"batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 20}
+    made = publish_trained(f"{tmp_path}/generator", corpus, 600, condition_dropout=0.0, **settings)
+    found = {one.name: one for one in told_of(corpus, made).attacks}
+    assert (found["loss, mean"].auc.low or 0.0) > 0.9
+    assert (found["loss, mean"].tpr.low or 0.0) > 0.3
+    assert (found["t-error, timestep 200"].auc.low or 0.0) > 0.5
+
+
+def test_scans_of_another_size_and_a_corpus_without_held_out_ones_are_refused(tmp_path: Path) -> None:
+    corpus = publish_corpus(f"{tmp_path}/corpus", scans=8)
+    with pytest.raises(ArtefactError, match=r"tiny: makes images of \(16, 16\), the corpus has scans of \(32, 32\)"):
+        told_of(corpus, publish_generator(f"{tmp_path}/other"))
+    kept = [entry for entry in corpus.manifest.files if not entry.path.startswith("validation")]
+    store = Store(f"{tmp_path}/alone")
+    for entry in kept:
+        store.write(entry.path, corpus.store.read(entry.path))
+    alone = publish(
+        store, kind="corpus", name="alone", recipe={}, inputs=[], files=kept, statistics=corpus.manifest.statistics
+    )
+    with pytest.raises(ArtefactError, match="has no scans of held-out patients"):
+        told_of(alone, publish_generator(f"{tmp_path}/another"))
+
+
+def told_of(corpus: Artefact, generator: Artefact) -> Membership:
+    settings = MembershipInference()
+    job = MembershipJob(settings=settings, seed=0, corpus_uri=corpus.uri, generator_uri=generator.uri)
+    return attack(job.model_dump(mode="json"))

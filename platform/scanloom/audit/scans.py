@@ -6,7 +6,8 @@ Legend of shape suffixes: S pixels of a square's side.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,13 @@ def spread(artefact: Artefact, folder: str, most: int) -> Iterator[Row]:
         for place in range(-number % stride, len(table), stride):
             yield table.slice(place, 1).to_pylist()[0]
         number += len(table)
+
+
+def in_batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """The rows, so many at a time; fewer at the end."""
+    left = iter(rows)
+    while batch := list(islice(left, size)):
+        yield batch
 
 
 def pixels_of(row: Row, folder: str) -> tuple[NDArray[Any], int]:

@@ -18,7 +18,7 @@ from scanloom.attributes import Attributes, AttributeSchema, Envelope
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models import family
 from scanloom.models.attribute_unet import AttributeDenoiser, predict
-from scanloom.models.autoencoder import decode
+from scanloom.models.autoencoder import decode, moments, normalise
 from scanloom.models.card import GeneratorCard as GeneratorCard
 from scanloom.models.card import read_card as read_card
 from scanloom.models.conditioner import features
@@ -34,7 +34,7 @@ KEPT_PROMPTS = 64
 
 
 class Generator:
-    """A trained generator on one device: conditions, denoises, decodes. It samples nothing itself: see the engine.
+    """A trained generator on one device: it conditions, denoises, encodes and decodes. To sample, see the engine.
 
     `precision` is that of denoiser and decoder, whose answers are float32 all the same. `compiled` compiles the
     denoiser at the first call of each batch shape; on a GPU it is replayed as a CUDA graph from then on.
@@ -144,6 +144,12 @@ class Generator:
         predicted = self._conditioned.denoise(latents_BCHW, timesteps_B, condition)
         # A CUDA graph answers in the same memory at every call.
         return predicted.to(torch.float32, memory_format=torch.contiguous_format, copy=self._compiled)
+
+    @torch.inference_mode()
+    def encode(self, pixels_B1HW: Tensor) -> Tensor:
+        """The latents [B, C, h, w] float32, as `denoise` sees them, that pixels in [-1, 1] are most likely to have."""
+        mean_BCHW, _ = moments(self._vae, pixels_B1HW.to(self.device, self._vae.dtype))
+        return normalise(self._vae, mean_BCHW)
 
     @torch.inference_mode()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
