@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,9 +91,15 @@ class Gatekeeper:
         if not (access.open or access.keys or access.keys_file or access.oidc):
             LOG.warning("access: neither keys nor an issuer are set, so every request will be refused")
 
-    async def admit(self, authorization: str | None) -> Caller:
-        """Who sent this header. Unauthenticated; Forbidden; IssuerUnreachable where it cannot be told at present."""
+    async def admit(self, authorization: str | None, sender: str | None = None) -> Caller:
+        """Who sent this header, from the address `sender`.
+
+        Unauthenticated; Forbidden; IssuerUnreachable where it cannot be told at present.
+        """
         if self._open:
+            # A cluster's Serve listens on all addresses unless it is told otherwise, wherever these settings came from.
+            if sender is None or not is_loopback(sender):
+                raise Forbidden("the service is open to the host that it runs on alone; set keys to let others in")
             return EVERYBODY
         token = _bearer(authorization)
         if caller := await self._keys.find(token):
@@ -99,6 +107,13 @@ class Gatekeeper:
         if self._tokens is not None and token.count(".") == 2 and not token.startswith("scanloom_"):
             return await self._tokens.read(token)
         raise Unauthenticated("the key is not known here; check it, or ask for one")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or the name `localhost`, is this host's own."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _bearer(authorization: str | None) -> str:

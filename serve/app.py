@@ -5,14 +5,10 @@
 
 # No `annotations` from __future__: Serve looks at the class that a builder's argument is annotated with.
 
-import asyncio
-import time
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +24,7 @@ from serve.ledger import Ledger
 from serve.logs import log_to_stderr
 from serve.metrics import Metrics
 from serve.quotas import Quotas
+from serve.readiness import Readiness
 from serve.replica import Replica
 
 SPARE_REQUESTS = 64
@@ -36,8 +33,6 @@ OTHER_REQUESTS = 256
 """That a gateway answers at once beside those for images."""
 AT_ONCE = {"env_vars": {"RAY_worker_niceness": "0"}}
 """Ray runs all workers at niceness 15; those for whom somebody waits go before the jobs of datasets."""
-_STATUS_S = 2.0
-_STATUS_KEPT_S = 1.0
 REQUEST_ID = b"x-request-id"
 LOOK_BACK_S = 12.0
 """Over which requests are averaged to tell how many engines it takes; Serve warns at 10 s and less."""
@@ -61,11 +56,11 @@ class Gateway:
     ) -> None:
         """The dispatcher is only named, so that Serve runs it: the two meet in the store."""
         log_to_stderr()
-        self._readiness = _Readiness(service.replicas.least, engines.deployment_id)
         self._parts = Parts(
             service=service,
             make=Engines(engines.make).make,
-            ready=self._readiness,
+            # Where there may be no engine at all, one is started for the first request.
+            ready=Readiness(lambda: service.replicas.least == 0 or _running(engines.deployment_id)),
             gatekeeper=Gatekeeper(service.access),
             quotas=Quotas(service),
             audit=AuditLog(Store(service.audit_store) if service.audit_store else None),
@@ -95,34 +90,15 @@ class _OneRequestId:
         await self._application(scope, receive, passed_on)
 
 
-class _Readiness:
+def _running(engines: Any) -> bool:
     """Whether an engine is there whose weights are loaded and whose first image is made, as Serve's controller says.
 
-    Not asked of the engines, which would be late to answer when they are busy. While the controller is away, what it
-    said last holds. Where there may be no engine at all, one is started for the first request.
+    Not asked of the engines, which would be late to answer when they are busy.
     """
-
-    def __init__(self, least: int, engines: Any) -> None:
-        self._least = least
-        self._engines = engines
-        self._last = (least == 0, 0.0)
-
-    async def __call__(self) -> bool:
-        ready, asked = self._last
-        if self._least > 0 and time.monotonic() - asked > _STATUS_KEPT_S:
-            try:
-                async with asyncio.timeout(_STATUS_S):
-                    ready = await asyncio.to_thread(self._is_there)
-            except (TimeoutError, RayError, RayServeException):
-                pass
-            self._last = (ready, time.monotonic())
-        return ready
-
-    def _is_there(self) -> bool:
-        application = serve.status().applications.get(self._engines.app_name)
-        deployment = application.deployments.get(self._engines.name) if application else None
-        states = deployment.replica_states if deployment else {}
-        return any(state == "RUNNING" and count > 0 for state, count in states.items())
+    application = serve.status().applications.get(engines.app_name)
+    deployment = application.deployments.get(engines.name) if application else None
+    states = deployment.replica_states if deployment else {}
+    return any(state == "RUNNING" and count > 0 for state, count in states.items())
 
 
 def _of_engines(replicas: Replicas) -> dict[str, Any]:

@@ -66,9 +66,16 @@ def read_config(file: Path) -> ServeFile:
     except ValidationError as error:
         raise RecipeError(f"{file}: {first_faults(error)}") from error
     try:
-        return ServeFile(deploy, Service.model_validate(deploy.applications[0].args))
+        service = Service.model_validate(deploy.applications[0].args)
     except ValidationError as error:
         raise RecipeError(f"{file}: applications.0.args: {first_faults(error)}") from error
+    cut_s, longest_s = deploy.http_options.request_timeout_s, service.limits.longest_deadline_s
+    if cut_s is not None and 0 < cut_s <= longest_s:
+        raise RecipeError(
+            f"{file}: http_options.request_timeout_s: {cut_s:g} s cuts off requests that may take {longest_s:g} s "
+            "(args.limits.longest_deadline_s); raise it, or lower that"
+        )
+    return ServeFile(deploy, service)
 
 
 def _faults(tree: Mapping[str, Any]) -> Iterator[str]:

@@ -101,8 +101,14 @@ class Admission:
             sent = Headers(scope=scope).getlist("Authorization")
             if len(sent) > 1:
                 raise Refusal("bad-request", "there are several Authorization headers; send one")
-            scope["state"]["caller"] = await self._gatekeeper.admit(sent[0] if sent else None)
+            scope["state"]["caller"] = await self._gatekeeper.admit(sent[0] if sent else None, _sender(scope))
         await self._app(scope, receive, send)
+
+
+def _sender(scope: Scope) -> str | None:
+    """The address that the request came from."""
+    client = scope.get("client")
+    return str(client[0]) if client else None
 
 
 class Bodies:

@@ -10,7 +10,6 @@ It ends on Ctrl-C or SIGTERM: requests that are being answered are finished firs
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import json
 import logging
 import os
@@ -147,6 +146,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _of_file(options: argparse.Namespace, stated: dict[str, Any], env_file: Path) -> Plan:
+    from serve.access import is_loopback
     from serve.config_file import read_config
 
     if options.datasets or options.name:
@@ -158,7 +158,7 @@ def _of_file(options: argparse.Namespace, stated: dict[str, Any], env_file: Path
         key, access = _own_key(env_file)
         service = service.model_copy(update={"access": access})
     http = HTTP | found.deploy.http_options.model_dump(exclude_unset=True) | stated
-    if access.open and not _is_loopback(http["host"]):
+    if access.open and not is_loopback(http["host"]):
         raise RecipeError(f"access.open lets everybody in who reaches {http['host']}; listen on 127.0.0.1, or set keys")
     application = found.application.model_dump(mode="json", exclude_unset=True)
     return Plan(service, _config(application, service, http), env_file, key)
@@ -205,12 +205,6 @@ def _saying_what_to_run() -> Iterator[None]:
         yield
     except ArtefactError as error:
         raise ArtefactError(f"{error}; make it with `scanloom finetune`, or `make demo`") from error
-
-
-def _is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def _require_free(host: str, port: int) -> None:

@@ -197,9 +197,13 @@ def test_nobody_is_let_in_where_nothing_is_set_and_everybody_where_it_is_open(ca
     assert "every request will be refused" in caplog.text
     with pytest.raises(Unauthenticated):
         admit(keeper, KEY)
-    assert admit(Gatekeeper(Access(open=True)), None) == Caller(
-        "local", "anybody", frozenset({"generate", "datasets", "admin"})
-    )
+    keeper = Gatekeeper(Access(open=True))
+    everybody = Caller("local", "anybody", frozenset({"generate", "datasets", "admin"}))
+    for near in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+        assert asyncio.run(keeper.admit(None, near)) == everybody
+    for far in ("10.0.0.1", "::ffff:10.0.0.1", "fe80::1", "a-name", "", None):
+        with pytest.raises(Forbidden, match="open to the host that it runs on alone"):
+            asyncio.run(keeper.admit(None, far))
 
 
 def test_a_scope_is_required_and_admin_has_all() -> None:

@@ -44,6 +44,16 @@ def test_the_committed_example_is_read_and_says_every_key_rightly() -> None:
     assert (read.deploy.http_options.request_timeout_s or 0) > longest_s
 
 
+def test_a_timeout_of_serve_that_cuts_requests_off_is_told(tmp_path: Path) -> None:
+    tree = example()
+    tree["http_options"]["request_timeout_s"] = 300
+    with pytest.raises(RecipeError, match=r"request_timeout_s: 300 s cuts off requests that may take 300 s"):
+        read_config(written(tmp_path, tree))
+    for harmless in (None, 0):
+        tree["http_options"]["request_timeout_s"] = harmless
+        assert read_config(written(tmp_path, tree)).service.limits.longest_deadline_s == 300
+
+
 def test_what_the_service_writes_of_itself_is_read_as_the_same(tmp_path: Path) -> None:
     service = read_config(EXAMPLE).service
     tree = example()
