@@ -39,6 +39,8 @@ class CopyEncoderJob(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: CopyDetection
+    section: str = "audit.copies"
+    """Where the recipe says them."""
     seed: int
     size_px: int
     weights_uri: str
@@ -133,7 +135,7 @@ def _train(job: CopyEncoderJob) -> dict[str, Any]:
         return advance(state, settings, squares, job.seed, rank, workers)
 
     length = Length(settings.steps, settings.batch_size, settings.checkpoint_every_steps)
-    metrics = run_steps(state, CHECKPOINT, length, step, "audit.copies.learning_rate")
+    metrics = run_steps(state, CHECKPOINT, length, step, f"{job.section}.learning_rate")
     rank = ray.train.get_context().get_world_rank()
     if rank == 0:
         # Also where a resumed run finds all its steps done: what it had written may be gone.
