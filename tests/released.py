@@ -63,8 +63,8 @@ def dataset(uri: str, of: Artefact, **changes: Any) -> Artefact:
     return publish(store, kind="dataset", name="d", recipe={}, inputs=[of], files=files, statistics=statistics)
 
 
-def report(of: Artefact, against: Artefact, **copies: Any) -> Report:
-    """A report in which all is well, but for what is told of copies."""
+def copies(**changes: Any) -> Copies:
+    """Copies as they are where all is well, but for the changes."""
     found: dict[str, Any] = {
         "tau": 0.9, "asked": 0.01, "promised": 0.01, "at_most": 0.03, "calibration_patients": 99,
         "calibration_scans": 140, "train_scans": 400,
@@ -75,8 +75,13 @@ def report(of: Artefact, against: Artefact, **copies: Any) -> Report:
         "held_out_rate": Interval(value=0.0, low=0.0, high=0.03), "held_out_scans": 100, "excess": False,
         "same_patient_found": 0.1, "other_patient_found": 0.0,
     }  # fmt: skip
+    return Copies.model_validate(found | changes)
+
+
+def report(of: Artefact, against: Artefact, **parts: Any) -> Report:
+    """A report in which all is well, with these parts."""
     subject = Subject(name="d", dataset=of.digest, corpus=against.digest, images=IMAGES, looked_at=IMAGES)
-    return Report(subject=subject, copies=Copies.model_validate(found | copies), seconds=1.0)
+    return Report(subject=subject, seconds=1.0, **{"copies": copies(), **parts})
 
 
 def audit(uri: str, of: Artefact, against: Artefact, told: Report | None = None) -> Artefact:

@@ -25,7 +25,7 @@ from scanloom.audit.report import PRIVATE, REPORT, read_report
 from scanloom.cli import app
 from scanloom.errors import ArtefactError, RecipeError, ReleaseRefused
 from scanloom.store import Store, sha256_of
-from tests.released import POLICY, Chain, audit, corpus, dataset, report
+from tests.released import POLICY, Chain, audit, copies, corpus, dataset, report
 
 KEY = KeyFile(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 PEM = KEY.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -191,7 +191,7 @@ def test_what_the_policy_does_not_allow_is_refused(chain: Chain, policy: str, re
 
 
 @pytest.mark.parametrize(
-    "copies, reason",
+    "changes, reason",
     [
         ({"synthetic_rate": {"value": 0.3, "low": 0.2, "high": 0.4}, "excess": True, "synthetic_copies": 3},
          r"copies.rate \(upper end\): 0.4, the policy's limit is 0.01; copies.more than among held-out patients: yes"),
@@ -200,9 +200,9 @@ def test_what_the_policy_does_not_allow_is_refused(chain: Chain, policy: str, re
     ],
 )  # fmt: skip
 def test_a_memorising_generator_and_an_audit_without_power_are_refused(
-    tmp_path: Path, copies: dict[str, Any], reason: str
+    tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
-    chain = Chain.made(tmp_path, partial(report, **copies))
+    chain = Chain.made(tmp_path, partial(report, copies=copies(**changes)))
     with pytest.raises(ReleaseRefused, match=reason):
         released(chain)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from scanloom.artefact import Artefact, FileEntry, open_artefact
-from scanloom.attributes import Attributes, AttributeSchema, describe
+from scanloom.attributes import Attributes, AttributeSchema, Envelope, describe
 from scanloom.audit.appearance import (
     LEVELS,
     Curves,
@@ -44,31 +44,35 @@ from scanloom.audit.copies import (
 from scanloom.audit.fairness import readings
 from scanloom.audit.fidelity import Embedded, fidelity
 from scanloom.audit.intervals import Estimate, clustered_share, share
-from scanloom.audit.page import Likenesses, page
+from scanloom.audit.page import page
 from scanloom.audit.plants import SLIGHT, STRONG
 from scanloom.audit.report import (
     PAGE,
     PRIVATE,
     REPORT,
     Beside,
+    Contents,
     Copies,
     Interval,
+    Likenesses,
     Peer,
     PlantedRecall,
     Reading,
     Report,
     Subject,
 )
-from scanloom.audit.scans import Row, pixels_of, shards, spread, spread_count, square
+from scanloom.audit.scans import Row, in_batches, pixels_of, shards, spread, spread_count, square
+from scanloom.audit.scorecard import scorecard
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import Probe, load_probe
-from scanloom.models.copy_encoder import EMBED_ROWS, embedding, load_copy_encoder
+from scanloom.models.copy_encoder import EMBED_ROWS, embedding, kept_views, load_copy_encoder
 from scanloom.recipe_audit import Audit
-from scanloom.sampling.dataset import IMAGES
+from scanloom.sampling.dataset import IMAGES, INFEASIBLE
 from scanloom.store import Store
 
 ENCODER = "copies/encoder.safetensors"
 PAIRS = f"{PRIVATE}/pairs.png"
+TRAIN = "train"
 _SAMPLE = 512
 _LIKENESS_PAIRS = 200
 _SHOWN, _COLUMNS = 24, 8
@@ -93,9 +97,10 @@ class AuditJob(BaseModel):
     """Reads what images show; None: fairness is not measured."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What `make_audit` found, and what is shown of it."""
+class Measured(BaseModel):
+    """What `make_audit` found, and what is shown of it; JSON holds all of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64")
 
     report: Report
     likenesses: Likenesses
@@ -109,8 +114,8 @@ class Measured:
 class Seen:
     """What is kept of some images, in the order of their ids."""
 
-    vectors_ND: NDArray[np.float32]
-    mirrored_ND: NDArray[np.float32]
+    views_NVD: NDArray[np.float32]
+    """Embeddings of training scans as they are and in the other views that they are looked up by; of others V is 1."""
     spectra_NK: NDArray[np.float64]
     levels_NL: NDArray[np.float64]
     owners: list[str]
@@ -126,8 +131,13 @@ class Seen:
         return len(self.owners)
 
     @property
+    def vectors(self) -> NDArray[np.float32]:
+        """Embeddings [N, D] of images as they are."""
+        return self.views_NVD[:, 0]
+
+    @property
     def embedded(self) -> Embedded:
-        return Embedded.of(self.vectors_ND, self.owners)
+        return Embedded.of(self.vectors, self.owners)
 
     def curves(self, rows_NK: NDArray[np.float64]) -> Curves:
         return Curves(rows_NK, self.owners)
@@ -138,7 +148,7 @@ class Seen:
         number = {place: number for number, place in enumerate(places)}
         kept = [place in number for place in self.sample]
         return Seen(
-            self.vectors_ND[chosen], self.mirrored_ND[chosen], self.spectra_NK[chosen], self.levels_NL[chosen],
+            self.views_NVD[chosen], self.spectra_NK[chosen], self.levels_NL[chosen],
             [self.owners[place] for place in places], [self.attributes[place] for place in places],
             self.sample_MSS[kept], [number[place] for place in self.sample if place in number],
             self.read_NO[chosen],
@@ -151,18 +161,16 @@ def see(
 ) -> Seen:  # fmt: skip
     """At most `most` images of an artefact's folder, spread over all of it; ArtefactError for a damaged shard."""
     kept_every = max(1, math.ceil(spread_count(artefact, folder, most) / sample))
-    parts: list[list[Any]] = [[], [], [], []]
+    parts: list[list[Any]] = [[], [], []]
     owners: list[str] = []
     attributes: list[Attributes] = []
     kept: list[NDArray[np.float32]] = []
     places: list[int] = []
     told: list[NDArray[np.float32]] = []
-    for batch in _batches(spread(artefact, folder, most)):
+    for batch in in_batches(spread(artefact, folder, most), EMBED_ROWS):
         squares = np.stack([square(row, folder, size_px) for row in batch])
-        mirrored = np.ascontiguousarray(squares[:, :, ::-1])
-        for part, value in zip(
-            parts, (embed(squares), embed(mirrored), radial_power(squares), grey_levels(squares)), strict=True
-        ):
+        views = np.stack([embed(view) for view in (kept_views(squares) if folder == TRAIN else [squares])], axis=1)
+        for part, value in zip(parts, (views, radial_power(squares), grey_levels(squares)), strict=True):
             part.append(value)
         told.append(_read(probe, batch, folder))
         for row, seen in zip(batch, squares, strict=True):
@@ -174,9 +182,9 @@ def see(
     if not owners:
         empty, unread = np.zeros((0, size_px, size_px), np.float32), np.zeros((0, 0), np.float32)
         spectra, levels = np.zeros((0, size_px // 2 - 1)), np.zeros((0, LEVELS))
-        return Seen(embed(empty), embed(empty), spectra, levels, [], [], empty, [], unread)
-    vectors, mirrored, spectra, levels = (np.concatenate(part) for part in parts)
-    return Seen(vectors, mirrored, spectra, levels, owners, attributes, np.stack(kept), places, np.concatenate(told))
+        return Seen(embed(empty)[:, None], spectra, levels, [], [], empty, [], unread)
+    views, spectra, levels = (np.concatenate(part) for part in parts)
+    return Seen(views, spectra, levels, owners, attributes, np.stack(kept), places, np.concatenate(told))
 
 
 def make_audit(config: Mapping[str, Any]) -> Measured:
@@ -205,12 +213,12 @@ def make_audit(config: Mapping[str, Any]) -> Measured:
     images = see(dataset, IMAGES, asked, embed, job.size_px, job.settings.images, probe)
     if not len(images):
         raise ArtefactError(f"{dataset.uri}: holds no images to audit")
-    detector = Embeddings(embed, train.vectors_ND, train.mirrored_ND)
+    detector = Embeddings(embed, list(train.views_NVD.swapaxes(0, 1)))
     threshold = calibrate(
-        detector.look_up(calibration.vectors_ND).likeness_N, calibration.owners,
+        detector.look_up(calibration.vectors).likeness_N, calibration.owners,
         job.settings.copies.false_positive_share, detector.scale,
     )  # fmt: skip
-    found, held_out = detector.look_up(images.vectors_ND), detector.look_up(check.vectors_ND)
+    found, held_out = detector.look_up(images.vectors), detector.look_up(check.vectors)
     copies = _copies(job, detector, threshold, train, calibration, check, images, found, held_out)
     report = Report(
         subject=Subject(
@@ -219,6 +227,7 @@ def make_audit(config: Mapping[str, Any]) -> Measured:
         ),
         copies=copies, fidelity=_fidelity(images, train, check), appearance=_appearance(images, train, check),
         fairness=None if probe is None else _fairness(probe, images, calibration, check),
+        contents=_contents(dataset.manifest.statistics, corpus.manifest.statistics, images.attributes),
         probe=None if probe is None else probe.digest,
         seconds=time.monotonic() - started,
     )  # fmt: skip
@@ -230,14 +239,17 @@ def make_audit(config: Mapping[str, Any]) -> Measured:
     )
     pairs = _pairs(job, corpus, dataset, found)
     target.write(PAIRS, pairs)
-    return Measured(
-        report, Likenesses(threshold.tau, held_out.likeness_N, found.likeness_N, planted), sheet,
-        (FileEntry.of(target.digest(ENCODER)), _entry(PAIRS, pairs)),
+    likenesses = Likenesses(
+        tau=threshold.tau, held_out=_floats(held_out.likeness_N), synthetic=_floats(found.likeness_N),
+        planted=_floats(planted),
     )  # fmt: skip
+    files = (FileEntry.of(target.digest(ENCODER)), _entry(PAIRS, pairs))
+    return Measured(report=report, likenesses=likenesses, sheet_png=sheet, files=files)
 
 
 def write_report(measured: Measured, report: Report, target: Store) -> list[FileEntry]:
     """Write what is to be read, of `measured` with the parts that others added; the entries of all files."""
+    report = report.model_copy(update={"scorecard": scorecard(report)})
     told = page(report, measured.likenesses, measured.sheet_png)
     files = {REPORT: report.model_dump_json(indent=1).encode(), PAGE: told.encode()}
     for path, data in files.items():
@@ -353,6 +365,29 @@ def _fairness(probe: Probe, images: Seen, calibration: Seen, check: Seen) -> tup
     return readings(probe.card, images.read_NO, images.attributes, images.owners, read, truth)
 
 
+def _contents(dataset: Mapping[str, Any], corpus: Mapping[str, Any], asked: Sequence[Attributes]) -> Contents:
+    """Of the manifests' statistics, and of what was asked of the images that are looked at."""
+    envelope = Envelope.model_validate(corpus["envelope"])
+    outside = 0
+    for attributes in asked:
+        try:
+            envelope.require(attributes)
+        except ArtefactError:
+            outside += 1
+    names = asked[0] if asked else {}
+    rejects = dataset.get("rejects", {})
+    return Contents(
+        requested=dataset["spec"]["images"], infeasible=rejects.get(INFEASIBLE, 0),
+        rejected_draws={reason: count for reason, count in rejects.items() if reason != INFEASIBLE},
+        unknown={name: sum(one[name] is None for one in asked) / len(asked) for name in names},
+        outside=outside, gate=str(dataset.get("gate", "ungated")),
+    )  # fmt: skip
+
+
+def _floats(values_N: NDArray[np.floating[Any]]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values_N)
+
+
 def _beside(synthetic: Estimate, baseline: Estimate, images: int) -> Beside:
     return Beside(synthetic=Interval.of(synthetic), baseline=Interval.of(baseline), images=images)
 
@@ -390,17 +425,6 @@ def _tile(seen: Seen, place: int) -> Tile:
 
 
 # --- reading --------------------------------------------------------------------------------------------------
-
-
-def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == EMBED_ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _read(probe: Probe | None, batch: Sequence[Row], folder: str) -> NDArray[np.float32]:

@@ -1,136 +1,256 @@
-"""An audit as one HTML file that needs nothing else: what it says first, in plain words; then figures and pictures."""
+"""An audit as one HTML file that needs nothing else: verdicts in plain words first, then why, then every figure."""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import numpy as np
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
-
-from scanloom.audit.report import Copies, Report
-
-Floats = NDArray[np.float64]
+from scanloom.audit.plots import Row, intervals_png, likeness_png
+from scanloom.audit.report import Copies, Criterion, Interval, Likenesses, Reading, Report
+from scanloom.audit.verdicts import ALL, LOWER_IS_BETTER, Grade, Verdict, verdicts
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
-table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .25rem .8rem; border-bottom: 1px solid #ccc;
-text-align: left; } img { max-width: 100%; } .good { color: #12632a; } .bad { color: #a01414; } small { color: #555; }
+body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1b1b1b; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } .under { color: #555; margin-top: .2rem; }
+.verdicts { display: grid; grid-template-columns: repeat(auto-fit, minmax(27rem, 1fr)); gap: .8rem; margin: 1.5rem 0; }
+.verdict { border: 1px solid #ddd; border-left: .45rem solid #8a8a8a; border-radius: .3rem; padding: .6rem .9rem; }
+.verdict h3 { margin: 0; font-size: 1rem; font-weight: 500; color: #444; }
+.verdict .answer { margin: .1rem 0 .3rem; font-size: 1.15rem; font-weight: 700; }
+.verdict .why { margin: 0; font-size: .9rem; color: #333; }
+.good { border-left-color: #009e73; } .look { border-left-color: #e69f00; } .bad { border-left-color: #b01515; }
+.mark { display: inline-block; width: 1.4rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
+td, th { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #ccc; text-align: left; vertical-align: top; }
+img { max-width: 100%; } small, .note { color: #555; } details { margin: .6rem 0; } summary { cursor: pointer; }
+@media print { details > * { display: block; } .verdict { break-inside: avoid; } }
 """
-
-
-@dataclass(frozen=True)
-class Likenesses:
-    """How alike images and their nearest training scans are."""
-
-    tau: float
-    held_out_N: Floats
-    synthetic_N: Floats
-    planted_N: Floats
-    """Of training scans changed in all of the slight ways at once."""
+_MARKS: dict[Grade, str] = {"good": "✓", "look": "!", "bad": "✗", "unmeasured": "–"}
+_SHARES = ("precision", "recall", "coverage")
+_MEANS = {
+    "precision": "images that lie where real scans lie",
+    "recall": "real scans that have an image near them",
+    "density": "how densely images lie where real scans lie",
+    "coverage": "real scans of which an image is among the nearest",
+    "frechet": "distance of the two sets as a whole (Fréchet)",
+    "kid": "distance of the two sets as a whole (kernel)",
+    "frd": "distance of the two sets by radiomic features (Fréchet)",
+}
+_ARMS = ("real", "synthetic", "real and synthetic", "synthetic, then real")
 
 
 def page(report: Report, likenesses: Likenesses, sheet_png: bytes) -> str:
     """The whole page; `sheet_png` shows synthetic images."""
-    name = html.escape(report.subject.name)
+    subject, name = report.subject, html.escape(report.subject.name)
+    told = verdicts(report)
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Audit of {name}</title><style>{_STYLE}</style>",
-        f"<h1>Audit of {name}</h1>",
-        f"<p>{report.subject.looked_at:,} of {report.subject.images:,} synthetic images were looked at.</p>",
-        "<h2>Does it contain anybody's scan?</h2>",
-        *(_copies(report.copies) if report.copies else ["<p class=bad>Not measured.</p>"]),
-        _image(_histogram(likenesses), "likeness of images to training scans"),
-        "<h2>Does it look like the real thing?</h2>",
-        "<p>Each figure stands beside what it is between two sets of real scans of different people: no synthetic set "
-        "can be expected to do better. Brackets hold 95 % intervals.</p>",
-        _figures(report),
-        _image(sheet_png, "synthetic images"),
-        *_fairness(report),
+        "<!doctype html><html lang=en><head><meta charset=utf-8>",
+        f'<meta name=viewport content="width=device-width"><title>Audit of {name}</title>',
+        f"<style>{_STYLE}</style></head><body><h1>Audit of {name}</h1>",
+        f"<p class=under>{subject.images:,} synthetic images, {subject.looked_at:,} of them looked at. What was found, "
+        "in plain words first; the figures behind each answer are below, and all of them in report.json.</p>",
+        '<div class="verdicts">', *map(_verdict, told), "</div>",
+        *_copies(report, likenesses), *_membership(report), *_likeness(report, sheet_png),
+        *_fairness(report), *_utility(report), *_scorecard(report.scorecard),
         "<h2>What this does not say</h2>",
         "<p>That no image lies above the threshold is a statement about copies of the kinds that were planted. It is "
-        "no proof that nothing can be inferred about a person, and no claim of anonymity in law. "
-        f"Not measured: membership inference, usefulness for training{'' if report.fairness else ', fairness'}.</p>",
-        f"<h2>Numbers</h2><p><small>dataset {report.subject.dataset}<br>corpus {report.subject.corpus}<br>"
-        f"measured in {report.seconds:.0f} s; all of it is in report.json</small></p>",
-        *(_power(report.copies) if report.copies else []),
-        "</html>",
-    ]
+        "no proof that nothing can be inferred about a person, and no claim of anonymity in law. The images must not "
+        "be used to diagnose or treat anybody.</p>",
+        f"<p>Not measured: {_unmeasured(told)}.</p>",
+        f"<p><small>dataset {subject.dataset}<br>corpus {subject.corpus}<br>measured in {report.seconds:.0f} s"
+        "</small></p></body></html>",
+    ]  # fmt: skip
     return "\n".join(parts) + "\n"
 
 
-def _copies(copies: Copies) -> list[str]:
-    if copies.excess:
-        verdict = (
-            f"<p class=bad><b>Yes, it seems to.</b> {copies.synthetic_copies:,} images are as alike to one of "
-            f"{copies.copied_scans:,} training scans as copies are, far more than chance explains.</p>"
-        )
-    elif copies.synthetic_copies:
-        verdict = (
-            f"<p><b>{copies.synthetic_copies:,} images</b> are as alike to a training scan as copies are, no more than "
-            "among scans of people that nobody trained on. Look at them before you hand the images out.</p>"
-        )
-    else:
-        verdict = "<p class=good><b>No image that was looked at is as alike to a training scan as copies are.</b></p>"
-    return [
-        verdict,
-        f"<p>The share of images above the threshold is {copies.synthetic_rate}; among scans of patients that nobody "
-        f"trained on it is {copies.held_out_rate}. To see whether copies would have been found, training scans were "
-        f"shifted, mirrored, turned, blurred and changed in contrast: of each kind at least "
-        f"{copies.lowest_slight_recall:.1%} were found.</p>",
-        f"<p>The threshold follows from {copies.calibration_patients} held-out patients: of further people like them, "
-        f"at most {copies.promised:.1%} on average have a scan above it.</p>",
+def _verdict(one: Verdict) -> str:
+    return (
+        f'<div class="verdict {one.grade}"><h3>{html.escape(one.question)}</h3>'
+        f'<p class="answer"><span class="mark">{_MARKS[one.grade]}</span>{html.escape(one.answer)}</p>'
+        f'<p class="why">{html.escape(one.because)}</p></div>'
+    )
+
+
+def _unmeasured(told: Sequence[Verdict]) -> str:
+    return ", ".join(one.topic for one in told if one.grade == "unmeasured") or "none of the questions above"
+
+
+# --- by question ----------------------------------------------------------------------------------------------
+
+
+def _copies(report: Report, likenesses: Likenesses) -> Iterator[str]:
+    copies = report.copies
+    if copies is None:
+        return
+    yield "<h2>Copies of training scans</h2>"
+    yield (
+        "<p>An encoder that learned to recognise a scan however it is shifted, turned, mirrored or changed in contrast "
+        "looked up every image among all training scans. What counts as a copy follows from "
+        f"{copies.calibration_patients} patients that nobody trained on: of further people like them at most "
+        f"{copies.promised:.1%} on average have a scan to the right of the line.</p>"
+    )
+    yield _image(likeness_png(likenesses), "likeness of images to training scans")
+    yield _table(
+        ("above the line", "share (95 % interval)", "of"),
+        [
+            ("synthetic images", str(copies.synthetic_rate), f"{report.subject.looked_at:,}"),
+            ("scans of other people", str(copies.held_out_rate), f"{copies.held_out_scans:,}"),
+        ],
+    )
+    yield from _power(copies)
+
+
+def _power(copies: Copies) -> Iterator[str]:
+    planted = [(one.plant, one.strength, str(one.recall), f"{one.traced:.3f}") for one in copies.power]
+    mine = ("this audit", f"{copies.lowest_slight_recall:.3f}", str(copies.synthetic_rate), str(copies.held_out_rate))
+    peers = [
+        (one.name, f"{one.lowest_slight_recall:.3f}", str(one.copy_rate), str(one.held_out_rate))
+        for one in copies.peers
     ]
+    yield "<details><summary>Would copies have been found? Planted copies, and other ways to look</summary>"
+    yield _table(("planted: training scan", "strength", "found", "led to the right patient"), planted)
+    yield _table(("way to look", "slight copies found at least", "images above", "other people above"), [mine, *peers])
+    yield "</details>"
 
 
-def _figures(report: Report) -> str:
-    named = {**(report.fidelity or {}), **(report.appearance or {})}
-    rows = [(name, str(one.synthetic), str(one.baseline), f"{one.images:,}") for name, one in named.items()]
-    return _table(("figure", "synthetic against real", "real against real", "images"), rows)
+def _membership(report: Report) -> Iterator[str]:
+    found = report.membership
+    if found is None:
+        return
+    yield "<h2>Whose scans it was made from</h2>"
+    yield (
+        f"<p>{found.members:,} scans that the generator learned from and {found.others:,} of "
+        f"{found.other_patients:,} patients that it never saw were given to whoever holds the generator. "
+        "0.5 is guessing, 1 is to know of everybody.</p>"
+    )
+    rows = [Row(one.name, {"right of pairs": one.auc}) for one in found.attacks]
+    yield _image(intervals_png(rows, "pairs told right (AUC, 95 % interval)", (0.3, 1.0), 0.5), "attacks")
+    shown = [(one.name, str(one.auc), str(one.tpr)) for one in found.attacks]
+    yield _table(("attack", "AUC (guessing: 0.5)", "recognised at 1 % false alarms (guessing: 0.01)"), shown)
 
 
-def _fairness(report: Report) -> list[str]:
-    if not report.fairness:
-        return []
+def _likeness(report: Report, sheet_png: bytes) -> Iterator[str]:
+    figures = report.fidelity or {}
+    yield "<h2>Likeness to real scans</h2>"
+    yield (
+        "<p>Each figure stands beside what it is between two sets of real scans of different people: no synthetic set "
+        "can be expected to do better.</p>"
+    )
     rows = [
+        Row(_MEANS[name], {"synthetic": figures[name].synthetic, "real scans of others": figures[name].baseline})
+        for name in _SHARES
+        if name in figures
+    ]
+    if rows:
+        yield _image(intervals_png(rows, "share, 95 % interval", (0.0, 1.0)), "likeness in shares")
+    yield _image(sheet_png, "synthetic images")
+    shown = [
+        (name, _MEANS.get(name, ""), "lower" if _lower(name) else "higher", str(one.synthetic), str(one.baseline),
+         f"{one.images:,}")
+        for name, one in {**figures, **(report.appearance or {})}.items()
+    ]  # fmt: skip
+    columns = ("figure", "what it is", "better", "synthetic against real", "real against real", "images")
+    yield f"<details><summary>All figures with their 95 % intervals</summary>{_table(columns, shown)}</details>"
+
+
+def _lower(name: str) -> bool:
+    return name in LOWER_IS_BETTER or not name.islower()
+
+
+def _fairness(report: Report) -> Iterator[str]:
+    if not report.fairness and not report.subgroups and not report.gaps:
+        return
+    yield "<h2>What was asked for, by group</h2>"
+    if report.fairness:
+        yield from _readings(report.fairness)
+    if report.gaps:
+        gaps = [(one.figure, one.of, one.worst, one.best, str(one.gap)) for one in report.gaps]
+        yield "<h3>How far the worst-off group lies from the best</h3>"
+        yield _table(("figure", "groups by", "worst", "best", "gap (95 % interval)"), gaps)
+    if report.subgroups:
+        shown = [
+            (f"{one.cell}{' (few)' if one.small else ''}", name, str(beside.synthetic), str(beside.baseline),
+             f"{one.images:,}", f"{one.held_out_scans:,}")
+            for one in report.subgroups for name, beside in one.figures.items()
+        ]  # fmt: skip
+        columns = ("group", "figure", "synthetic", "real against real", "images", "held-out scans")
+        yield f"<details><summary>Likeness within each group</summary>{_table(columns, shown)}</details>"
+
+
+def _readings(found: Sequence[Reading]) -> Iterator[str]:
+    yield (
+        "<p>A classifier read every image. It errs: where real scans show the same gap between what is true and what "
+        "is read, the gap is the classifier's.</p>"
+    )
+    rows = [
+        Row(one.name, {"asked for": one.asked, "read in the images": one.achieved})
+        for one in found
+        if one.cell == ALL and one.share
+    ]
+    if rows:
+        yield _image(intervals_png(rows, "share of images", (0.0, 1.0)), "asked for and read")
+    shown = [
         (
             one.name, one.cell, str(one.asked), str(one.achieved), _number(one.held_out_truth),
             _number(one.held_out_read), f"{one.images:,}{' (few)' if one.small else ''}",
         )
-        for one in report.fairness
+        for one in found
     ]  # fmt: skip
-    return [
-        "<h2>Does it show what was asked for, in every group?</h2>",
-        "<p>A classifier read every image. It errs: the columns of real scans say how often something is true of them, "
-        "and how often it is read. A gap of the images that real scans have too is the classifier's.</p>",
-        _table(("what", "of", "asked", "read", "real: true", "real: read", "images"), rows),
+    columns = ("what", "of", "asked", "read", "real: true", "real: read", "images")
+    yield f"<details><summary>Every group and every reading</summary>{_table(columns, shown)}</details>"
+
+
+def _utility(report: Report) -> Iterator[str]:
+    found = report.utility
+    if found is None or not found.figures:
+        return
+    yield "<h2>Use for training</h2>"
+    yield (
+        f"<p>Classifiers ({html.escape(found.classifier)}) learned findings from {found.train_scans:,} real scans, "
+        f"from {found.synthetic_images:,} synthetic images, or from both, and read held-out real scans of other "
+        "people.</p>"
+    )
+    labels = list(dict.fromkeys(one.label for one in found.figures if one.cell == ALL))
+    named: dict[tuple[str, str], Interval] = {(one.label, one.arm): one.auc for one in found.figures if one.cell == ALL}
+    rows = [
+        Row(label, {f"from {arm}": named[label, arm] for arm in _ARMS if (label, arm) in named}) for label in labels
     ]
+    yield _image(intervals_png(rows, "AUC on real scans, 95 % interval", (0.2, 1.0), 0.5), "use for training")
+    shown = [
+        (one.label, one.cell, one.arm, str(one.auc), f"{one.positives:,} of {one.scans:,}", f"{one.seeds}",
+         "few" if one.small else "")
+        for one in found.figures
+    ]  # fmt: skip
+    columns = ("finding", "of", "learned from", "AUC", "scans that have it", "runs", "")
+    yield f"<details><summary>Every finding and group</summary>{_table(columns, shown)}</details>"
+
+
+def _scorecard(criteria: Sequence[Criterion]) -> Iterator[str]:
+    if not criteria:
+        return
+    yield "<h2>Scorecard: the seven Cs</h2>"
+    yield (
+        "<p class=note>The same by the criteria of the scorecard for synthetic medical data (Zamzmi et al., "
+        "Communications Engineering 2025), with what was not measured.</p>"
+    )
+    for one in criteria:
+        yield f"<h3>{html.escape(one.name.capitalize())}</h3><p>{html.escape(one.asks)}</p>"
+        yield _table(("measured", "found"), [(finding.what, finding.found) for finding in one.measured])
+        missing = html.escape("; ".join(one.not_measured)) or "nothing that this criterion asks"
+        yield f"<p class=note>Not measured: {missing}.</p>"
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------
 
 
 def _number(value: float | None) -> str:
     return "?" if value is None else f"{value:.3g}"
 
 
-def _power(copies: Copies) -> list[str]:
-    planted = [(one.plant, one.strength, str(one.recall), f"{one.traced:.3f}") for one in copies.power]
-    peers = [
-        (one.name, f"{one.lowest_slight_recall:.3f}", str(one.copy_rate), str(one.held_out_rate))
-        for one in copies.peers
-    ]
-    mine = ("this audit", f"{copies.lowest_slight_recall:.3f}", str(copies.synthetic_rate), str(copies.held_out_rate))
-    return [
-        "<h3>Planted copies</h3>",
-        _table(("change", "strength", "found", "led to the right patient"), planted),
-        "<h3>Beside other ways to look for copies, at the same rule of threshold</h3>",
-        _table(("way", "slight copies found at least", "images above", "held-out scans above"), [mine, *peers]),
-    ]
-
-
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return "<p class=note>Nothing.</p>"
     head = "".join(f"<th>{html.escape(column)}" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
     return f"<table><tr>{head}{body}</table>"
@@ -138,26 +258,3 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _image(png: bytes, described: str) -> str:
     return f'<p><img alt="{html.escape(described)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def _histogram(likenesses: Likenesses) -> bytes:
-    figure = Figure(figsize=(8, 3), dpi=120)
-    axes: Any = figure.subplots()
-    shown = {
-        "scans of patients nobody trained on": likenesses.held_out_N,
-        "synthetic images": likenesses.synthetic_N,
-        "planted copies": likenesses.planted_N,
-    }
-    low = min((float(values.min()) for values in shown.values() if len(values)), default=0.0)
-    bins = np.linspace(low, 1.0, 60)
-    for name, values in shown.items():
-        if len(values):
-            axes.hist(values, bins=bins, weights=np.full(len(values), 1.0 / len(values)), alpha=0.6, label=name)
-    axes.axvline(likenesses.tau, color="black", linestyle="--", label="threshold")
-    axes.set_xlabel("likeness to the nearest training scan")
-    axes.set_ylabel("share")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scanloom.audit.intervals import Estimate
 from scanloom.errors import ArtefactError
+from scanloom.recipe_audit import Arm
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -128,11 +129,23 @@ class Reading(_Record):
     """Of held-out scans: how often it is true; None where nobody knows."""
     held_out_read: float | None
     """And how often it is read: where that differs, it is the probe's own error."""
+    excess: Interval | None = None
+    """Read less asked, image by image."""
+    held_out_excess: Interval | None = None
+    """Read less true of held-out scans of the cell."""
     share: bool
     """Whether these are shares of images; else means of a number in its unit."""
     images: int
     small: bool
     """Too few images for the figure to mean much."""
+
+    @property
+    def gap(self) -> float | None:
+        """Between what was asked and what is read, beyond the probe's own error; None where it cannot be told."""
+        if self.asked.value is None or self.achieved.value is None:
+            return None
+        error = abs((self.held_out_read or 0.0) - (self.held_out_truth or 0.0))
+        return max(0.0, abs(self.asked.value - self.achieved.value) - error)
 
 
 class MembershipAttack(_Record):
@@ -169,7 +182,7 @@ class Subgroup(_Record):
 
 
 class Gap(_Record):
-    """How far the worst of some cells lies from the best, of one figure."""
+    """How far two cells lie apart in one figure: those of a category that lie furthest apart."""
 
     figure: str
     of: str
@@ -177,20 +190,38 @@ class Gap(_Record):
     worst: str
     best: str
     gap: Interval
+    """Holds for every two of the cells at once, because these two were chosen after looking."""
+    baseline: Interval | None = None
+    """The same two cells' gap of real scans; None where the figure stands beside real ones already."""
+
+    @property
+    def beyond_chance(self) -> bool:
+        return self.gap.low is not None and self.gap.low > 0
 
 
 class Usefulness(_Record):
-    """How well a classifier that learned in one way reads a label of held-out real scans."""
+    """How well classifiers that learned in one way read a label of held-out real scans."""
 
-    arm: Literal["real", "synthetic", "real and synthetic", "synthetic, then real"]
+    arm: Arm
     label: str
+    """Or the mean of all."""
     cell: str
     """All, or the part of the held-out scans that it is of."""
     auc: Interval
+    """0.5 where nothing was learned. Its interval is over the seeds and the held-out patients."""
     scans: int
     positives: int
     seeds: int
     small: bool
+
+
+class Gain(_Record):
+    """What learning in another way changes, on the same held-out patients."""
+
+    arm: Arm
+    label: str
+    over_real: Interval
+    """AUC less that of classifiers that learned from real scans alone."""
 
 
 class Utility(_Record):
@@ -200,6 +231,56 @@ class Utility(_Record):
     train_scans: int
     synthetic_images: int
     figures: tuple[Usefulness, ...]
+    held_out_scans: int = 0
+    held_out_patients: int = 0
+    gains: tuple[Gain, ...] = ()
+    gaps: tuple[Gap, ...] = ()
+    left_out: Mapping[str, str] = {}
+    """Labels that could not be tested, each with the reason."""
+    seconds: float = 0.0
+    """Of all trainings together."""
+
+
+class GivenFidelity(_Record):
+    """Fidelity as a given network sees it, beside that of the audit's own encoder."""
+
+    backbone: str
+    """Name without its place."""
+    digest: str
+    """SHA-256 of its files."""
+    figures: Mapping[str, Beside]
+
+
+class Contents(_Record):
+    """What the dataset holds of what was ordered, and whether it says of each image what it shows."""
+
+    requested: int
+    infeasible: int
+    """Images that no draw could fill."""
+    rejected_draws: Mapping[str, int]
+    """Draws that a check turned down, by reason; others took their place."""
+    unknown: Mapping[str, float]
+    """Of each attribute the share of images that do not say it."""
+    outside: int
+    """Images looked at of which an attribute lies outside of what the corpus's train split holds."""
+    gate: str
+    """What looked for copies while the images were made."""
+
+
+class Finding(_Record):
+    """One thing that was measured, in words."""
+
+    what: str
+    found: str
+
+
+class Criterion(_Record):
+    """One of the seven criteria of the scorecard for synthetic medical data (Zamzmi et al. 2025)."""
+
+    name: str
+    asks: str
+    measured: tuple[Finding, ...]
+    not_measured: tuple[str, ...]
 
 
 class Report(_Record):
@@ -209,16 +290,30 @@ class Report(_Record):
     subject: Subject
     copies: Copies | None = None
     fidelity: Mapping[str, Beside] | None = None
+    fidelity_given: GivenFidelity | None = None
     appearance: Mapping[str, Beside] | None = None
     membership: Membership | None = None
     fairness: tuple[Reading, ...] | None = None
     subgroups: tuple[Subgroup, ...] | None = None
     gaps: tuple[Gap, ...] | None = None
     utility: Utility | None = None
+    contents: Contents | None = None
+    scorecard: tuple[Criterion, ...] = ()
+    """All of it once more, by what the scorecard asks."""
     probe: str | None = None
     """Digest of the probe that read for it."""
     seconds: float
     """That the measuring took, without training the encoder."""
+
+
+class Likenesses(_Record):
+    """How alike images and their nearest training scans are: for a picture."""
+
+    tau: float
+    held_out: tuple[float, ...]
+    synthetic: tuple[float, ...]
+    planted: tuple[float, ...]
+    """Of training scans changed in all of the slight ways at once."""
 
 
 def read_report(data: bytes, where: str) -> Report:

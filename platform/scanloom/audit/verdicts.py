@@ -1,0 +1,214 @@
+"""What an audit's figures mean, in words for people who know no statistics: a question, a verdict, and why. torch-free.
+
+A verdict never goes beyond its figures: "no" where the 95 % intervals of images and real scans are apart, "look" where
+something is to be looked at, "not measured" where it was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from scanloom.audit.report import Beside, Membership, Reading, Report, Usefulness, Utility
+
+Grade = Literal["good", "look", "bad", "unmeasured"]
+
+RECALL = 0.95
+"""Of planted copies that change little, so many must be found before none found means none there."""
+_NEAR, _FAR = 0.1, 0.25
+_MOST, _HALF = 0.9, 0.5
+LOWER_IS_BETTER = frozenset({"frechet", "kid", "frd"})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One question that people ask of a dataset, and what the audit answers."""
+
+    topic: str
+    question: str
+    grade: Grade
+    answer: str
+    because: str
+
+
+def verdicts(report: Report) -> tuple[Verdict, ...]:
+    """The questions in the order in which they matter."""
+    return tuple(_answer(topic, question, answer, report) for topic, question, answer in _QUESTIONS)
+
+
+def worth(utility: Utility, arm: str) -> float | None:
+    """How much of what real scans teach beyond guessing this arm teaches, over all labels: 1 is as much.
+
+    None where the arm is not there, or real scans teach nothing either.
+    """
+    found: dict[tuple[str, str], float] = {
+        (one.arm, one.label): one.auc.value - 0.5
+        for one in utility.figures
+        if one.cell == ALL and one.auc.value is not None
+    }
+    labels = [label for told, label in found if told == "real" and (arm, label) in found]
+    taught = sum(found["real", label] for label in labels)
+    return sum(found[arm, label] for label in labels) / taught if taught > 0 else None
+
+
+def as_real(name: str, beside: Beside) -> bool:
+    """Whether a figure of synthetic images is as good as between real scans, as far as the intervals tell."""
+    synthetic, baseline = beside.synthetic, beside.baseline
+    if name in LOWER_IS_BETTER:
+        return synthetic.low is not None and baseline.high is not None and synthetic.low <= baseline.high
+    return synthetic.high is not None and baseline.low is not None and synthetic.high >= baseline.low
+
+
+def worst_reading(readings: Sequence[Reading]) -> Reading | None:
+    """Of shares in cells that are not small, the one whose gap is widest."""
+    told = [one for one in readings if one.share and not one.small and one.gap is not None]
+    return max(told, key=lambda one: one.gap or 0.0, default=None)
+
+
+def of_100(share: float | None) -> str:
+    """A share in words, as in `3 of 100`; of small ones `1 of 1,000` or fewer."""
+    if share is None:
+        return "an unknown share"
+    if 0 < share < 0.005:
+        return f"{max(1, round(share * 1000))} of 1,000" if share >= 0.0005 else "fewer than 1 of 1,000"
+    return f"{round(share * 100)} of 100"
+
+
+ALL = "all"
+_Told = tuple[Grade, str, str]
+
+
+def _answer(topic: str, question: str, answer: Callable[[Report], _Told | None], report: Report) -> Verdict:
+    told = answer(report)
+    return Verdict(topic, question, *(told or ("unmeasured", "Not measured.", "This audit says nothing of it.")))
+
+
+def _contains(report: Report) -> _Told | None:
+    copies, looked = report.copies, report.subject.looked_at
+    if copies is None:
+        return None
+    others = f"among scans of people that nobody trained on, {of_100(copies.held_out_rate.value)} are"
+    if copies.excess:
+        return "bad", "Yes, it seems to.", (
+            f"{copies.synthetic_copies:,} of {looked:,} images are as alike to one of {copies.copied_scans:,} training "
+            f"scans as copies are; {others}. That is far more than chance explains."
+        )  # fmt: skip
+    found = "No image is" if not copies.synthetic_copies else f"{copies.synthetic_copies:,} of {looked:,} images are"
+    power = f"Of training scans that were changed a little and planted, at least {of_100(copies.lowest_slight_recall)}"
+    alike = f"{found} as alike to a training scan as copies are; {others}."
+    if copies.lowest_slight_recall < RECALL:
+        return "look", "None was found, but some could have been missed.", f"{alike} {power} of each kind were found."
+    if copies.synthetic_copies:
+        return "look", "It need not, but some images need a look.", (
+            f"{alike} So many can be chance. {power} of each kind were found."
+        )  # fmt: skip
+    return "good", "No copy was found.", f"{alike} {power} of each kind were found: copies would have been seen."
+
+
+def _betrays(report: Report) -> _Told | None:
+    membership: Membership | None = report.membership
+    if membership is None or not membership.attacks:
+        return None
+    worst = max(membership.attacks, key=lambda one: one.auc.value or 0.0)
+    why = (
+        f"Given two scans, one that the generator learned from and one that it did not, the best of "
+        f"{len(membership.attacks)} attacks names the right one {of_100(worst.auc.value)} times; guessing gives 50. "
+        f"With one false alarm in 100 it recognises {of_100(worst.tpr.value)} of the scans; guessing gives 1."
+    )
+    betrayed = [one for one in membership.attacks if one.auc.low is not None and one.auc.low > 0.5]
+    if not betrayed:
+        return "good", "Not by the attacks that were tried.", why
+    if any(one.tpr.low is not None and one.tpr.low > 0.01 for one in betrayed):
+        return "bad", "Yes, of some people, to whoever holds the generator.", why
+    return "look", "A little better than by guessing, to whoever holds the generator.", why
+
+
+def _looks_real(report: Report) -> _Told | None:
+    told = _real_as(report.fidelity, ("precision", "kid"), "Yes, as far as it can be measured.",
+                    "Partly: the images can be told from scans.", "No.")  # fmt: skip
+    if told is None or report.fidelity is None:
+        return None
+    precision = report.fidelity["precision"]
+    return (
+        *told,
+        f"{of_100(precision.synthetic.value)} images lie where real scans lie; of real scans of other people "
+        f"{of_100(precision.baseline.value)} do.",
+    )
+
+
+def _varied(report: Report) -> _Told | None:
+    told = _real_as(report.fidelity, ("recall", "coverage"), "Yes, as far as it can be measured.",
+                    "Partly: some kinds of scans are missing.", "No.")  # fmt: skip
+    if told is None or report.fidelity is None:
+        return None
+    recall = report.fidelity["recall"]
+    return (
+        *told,
+        f"{of_100(recall.synthetic.value)} real scans have an image near them; as many real scans of other people "
+        f"come near {of_100(recall.baseline.value)}.",
+    )
+
+
+def _real_as(
+    fidelity: Mapping[str, Beside] | None, names: tuple[str, str], good: str, look: str, bad: str
+) -> tuple[Grade, str] | None:
+    """By the first figure, a share, and whether both are as between real scans."""
+    if fidelity is None or any(name not in fidelity for name in names):
+        return None
+    first = fidelity[names[0]]
+    if all(as_real(name, fidelity[name]) for name in names):
+        return "good", good
+    half = (first.synthetic.value or 0.0) >= _HALF * (first.baseline.value or 0.0)
+    return ("look", look) if half else ("bad", bad)
+
+
+def _shows(report: Report) -> _Told | None:
+    worst = None if report.fairness is None else worst_reading(report.fairness)
+    if worst is None or worst.gap is None:
+        return None
+    asked, read = of_100(worst.asked.value), of_100(worst.achieved.value)
+    group = "" if worst.cell == ALL else f" of {worst.cell}"
+    why = f"Furthest off is {worst.name}{group}: asked of {asked} images, read in {read}"
+    if worst.held_out_truth is not None and worst.held_out_read is not None:
+        truth, seen = of_100(worst.held_out_truth), of_100(worst.held_out_read)
+        why += f". The reader errs too: of real scans it is true of {truth} and read in {seen}"
+    if worst.gap <= _NEAR:
+        return "good", "Yes, in every group that is large enough to tell.", f"{why}."
+    if worst.gap <= _FAR:
+        return "look", "Mostly; one thing is off.", f"{why}."
+    return "bad", "No, not everywhere.", f"{why}."
+
+
+def _useful(report: Report) -> _Told | None:
+    utility = report.utility
+    share = None if utility is None else worth(utility, "synthetic")
+    if utility is None or share is None:
+        return None
+    aucs = {arm: mean_auc(utility.figures, arm) for arm in ("synthetic", "real", "real and synthetic")}
+    told = {arm: "?" if auc is None else f"{auc:.2f}" for arm, auc in aucs.items()}
+    why = (
+        f"A classifier that learned from the images alone scores {told['synthetic']} on real scans, one that learned "
+        f"from real scans {told['real']}, from both {told['real and synthetic']}; guessing scores 0.5, no error 1."
+    )
+    if share >= _MOST:
+        return "good", "Yes, nearly as much as real scans.", why
+    if share >= _HALF:
+        return "look", "Less than real scans.", why
+    return "bad", "Hardly.", why
+
+
+def mean_auc(figures: Sequence[Usefulness], arm: str) -> float | None:
+    """Of an arm, over all labels of all held-out scans."""
+    told = [one.auc.value for one in figures if one.arm == arm and one.cell == ALL and one.auc.value is not None]
+    return sum(told) / len(told) if told else None
+
+
+_QUESTIONS: tuple[tuple[str, str, Callable[[Report], _Told | None]], ...] = (
+    ("copies", "Does it contain anybody's scan?", _contains),
+    ("membership", "Can it be told whose scans it was made from?", _betrays),
+    ("likeness", "Does it look like the real thing?", _looks_real),
+    ("variety", "Is it as varied as real scans?", _varied),
+    ("fairness", "Does it show what was asked for, in every group?", _shows),
+    ("utility", "Is it of use for training?", _useful),
+)
