@@ -32,7 +32,7 @@ def nih_squares(folder: Path, size_px: int, seed: int) -> Squares:
     """All 758 scans of the folder with `labels.csv`, its 519 patients dealt out by `seed`."""
     with (folder / "labels.csv").open() as table:
         rows = list(csv.DictReader(table))
-    squares = np.stack([_square(folder / "images" / row["Image Index"], size_px) for row in rows])
+    squares = np.stack([square(folder / "images" / row["Image Index"], size_px) for row in rows])
     owners = np.array([row["Patient ID"] for row in rows])
     patients = np.unique(owners)
     np.random.default_rng(seed).shuffle(patients)
@@ -44,5 +44,5 @@ def nih_squares(folder: Path, size_px: int, seed: int) -> Squares:
     return Squares(*parts)
 
 
-def _square(file: Path, size_px: int) -> Array:
+def square(file: Path, size_px: int) -> Array:
     return square_of(np.asarray(Image.open(file).convert("L")), 8, size_px)

@@ -22,6 +22,7 @@ from scanloom.audit.copies import (
     power,
 )
 from scanloom.audit.plants import SLIGHT, STRONG, Plant, cropped, mirrored, shifted
+from scanloom.models.copy_encoder import KEPT_VIEWS, kept_views
 
 RANDOM = np.random.default_rng(4)
 Array = np.ndarray[Any, Any]
@@ -123,10 +124,19 @@ def test_a_scan_and_its_mirror_image_are_looked_up() -> None:
     assert found.likeness_N[2] < 0.6
 
 
+def test_a_scan_is_kept_in_several_poses() -> None:
+    train = squares(5, 64)
+    views = list(kept_views(train))
+    assert len(views) == KEPT_VIEWS == len({view.tobytes() for view in views})
+    assert (views[0] == train).all()
+    assert (views[1] == mirrored(train)).all()
+    assert all(view.shape == train.shape and view.dtype == np.float32 for view in views)
+
+
 def test_looking_up_is_exact_in_blocks() -> None:
     train, asked = squares(700), squares(9000, 12)
     index = Embeddings.of(flat, train)
-    vectors, both = flat(asked), np.concatenate([flat(train), flat(train[:, :, ::-1])])
+    vectors, both = flat(asked), np.concatenate([flat(view) for view in kept_views(train)])
     found = index.look_up(vectors)
     assert found.likeness_N[::500] == pytest.approx((vectors[::500] @ both.T).max(axis=1))
     assert found.row_N[::500].tolist() == ((vectors[::500] @ both.T).argmax(axis=1) % 700).tolist()

@@ -6,7 +6,8 @@ than that without being copies, so that thresholds come from held-out patients a
 themselves, where patients meet their own other scans; and it is patients that are independent, so that a patient counts
 once, by the scan that is most alike.
 
-Legend of shape suffixes: N images, R training scans, S pixels of a square's side, D values of an embedding.
+Legend of shape suffixes: N images, R training scans, V views of each, S pixels of a square's side, D values of an
+embedding.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from scipy.stats import beta, nct, norm
 
 from scanloom.audit.intervals import Estimate, clustered_share, share
 from scanloom.audit.plants import Plant
+from scanloom.models.copy_encoder import kept_views
 
 Floats = NDArray[np.float64]
 Squares = NDArray[np.float32]
@@ -68,22 +70,22 @@ class Detector(Protocol):
 
 
 class Embeddings:
-    """Likeness is the cosine of embeddings; every training scan is in the index as it is and mirrored."""
+    """Likeness is the cosine of embeddings to the nearest of several views of every training scan."""
 
     scale = CORRELATION
 
     def __init__(
-        self, embed: Callable[[Squares], NDArray[np.float32]], plain_RD: NDArray[np.float32],
-        mirrored_RD: NDArray[np.float32],
-    ) -> None:  # fmt: skip
+        self, embed: Callable[[Squares], NDArray[np.float32]], views_VRD: Sequence[NDArray[np.float32]]
+    ) -> None:
+        """`views_VRD`: unit vectors of `kept_views` of the training scans, those of the scans as they are first."""
         self._embed = embed
-        self._index_RD = np.concatenate([plain_RD, mirrored_RD])
-        self._scans = len(plain_RD)
+        self._index_RD = np.concatenate(list(views_VRD))
+        self._scans = len(views_VRD[0])
 
     @classmethod
     def of(cls, embed: Callable[[Squares], NDArray[np.float32]], train_RSS: Squares) -> Self:
         """The detector of training scans that are all in memory."""
-        return cls(embed, embed(train_RSS), embed(np.ascontiguousarray(train_RSS[:, :, ::-1])))
+        return cls(embed, [embed(view) for view in kept_views(train_RSS)])
 
     def __call__(self, images_NSS: Squares) -> Found:
         return self.look_up(self._embed(images_NSS))
@@ -104,13 +106,14 @@ class Embeddings:
         """
         _, patient = np.unique(np.asarray(patients), return_inverse=True)
         same, other = np.full(self._scans, -math.inf), np.full(self._scans, -math.inf)
-        both = np.concatenate([patient, patient])
+        views = len(self._index_RD) // self._scans
+        owners = np.tile(patient, views)
         for rows in _blocks(self._scans, len(self._index_RD)):
             places = np.arange(self._scans)[rows]
             cosine = (self._index_RD[rows] @ self._index_RD.T).astype(np.float64)
-            cosine[np.arange(len(places)), places] = -math.inf
-            cosine[np.arange(len(places)), places + self._scans] = -math.inf
-            alike = patient[rows][:, None] == both[None, :]
+            for view in range(views):
+                cosine[np.arange(len(places)), places + view * self._scans] = -math.inf
+            alike = patient[rows][:, None] == owners[None, :]
             same[rows] = np.where(alike, cosine, -math.inf).max(axis=1)
             other[rows] = np.where(alike, -math.inf, cosine).max(axis=1)
         return same, other

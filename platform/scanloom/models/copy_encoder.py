@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,19 @@ from scanloom.errors import ArtefactError
 
 _GROUPS = 8
 _GRID = 4
+_POSES = (
+    (0.0, 1.0, 0.0, 0.0),
+    (5.0, 1.0, 0.0, 0.0),
+    (-5.0, 1.0, 0.0, 0.0),
+    (0.0, 0.93, 0.0, 0.0),
+    (0.0, 1.0, 0.04, 0.04),
+    (0.0, 1.0, -0.04, 0.04),
+    (0.0, 1.0, 0.04, -0.04),
+    (0.0, 1.0, -0.04, -0.04),
+)
+"""Degrees, share of the side that is shown, and shifts across and down as shares of it: about half of what the encoder
+learned to overlook."""
+KEPT_VIEWS = 2 * len(_POSES)
 EMBED_ROWS = 32
 """Images of a call of the network: always so many, so that the embedding of one does not depend on the others."""
 
@@ -99,6 +112,28 @@ def embedding(network: CopyEncoder) -> Callable[[NDArray[np.float32]], NDArray[n
     """A function of squares [N, S, S] in [0, 1] that gives unit vectors [N, width]."""
     network.eval().requires_grad_(False)
     return lambda squares_NSS: embed(network, torch.from_numpy(squares_NSS)[:, None] * 2.0 - 1.0)
+
+
+def kept_views(squares_NSS: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """What of training scans [N, S, S] an index holds, KEPT_VIEWS times [N, S, S]: first as they are, then mirrored.
+
+    A copy that was shifted, turned or cropped is nearer to one of them than to the scan itself, while other scans come
+    no nearer: what it takes to see a copy is done once, not at every look.
+    """
+    images_N1SS = torch.from_numpy(squares_NSS)[:, None]
+    for degrees, zoom, across, down in _POSES:
+        for mirror in (1.0, -1.0):
+            angle = math.radians(degrees)
+            cosine, sine = zoom * math.cos(angle), zoom * math.sin(angle)
+            # The grid's coordinates span 2.
+            affine = torch.tensor([[cosine * mirror, -sine, 2.0 * across], [sine * mirror, cosine, 2.0 * down]])
+            if (degrees, zoom, across, down) == _POSES[0]:
+                view = images_N1SS if mirror > 0 else images_N1SS.flip(-1)
+            else:
+                shape = list(images_N1SS.shape)
+                grid = functional.affine_grid(affine.expand(shape[0], 2, 3), shape, align_corners=False)
+                view = functional.grid_sample(images_N1SS, grid, padding_mode="border", align_corners=False)
+            yield np.ascontiguousarray(view[:, 0].numpy())
 
 
 def weights_of(network: CopyEncoder) -> bytes:
