@@ -19,7 +19,7 @@ class CopyDetection(DataParallel):
     width: Count = 128
     """Values of an embedding."""
     temperature: Positive = 0.05
-    steps: Count = 400
+    steps: Count = 800
     batch_size: Annotated[int, Field(ge=4)] = 64
     """Scans of a step, all of them seen twice; those of one worker are told from each other."""
     learning_rate: Positive = 2e-3
