@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from scanloom.section import Count, DataParallel, Positive, Section
+
+Arm = Literal["real", "synthetic", "real and synthetic", "synthetic, then real"]
+"""From what a classifier learns."""
 
 
 class CopyDetection(DataParallel):

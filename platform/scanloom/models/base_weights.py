@@ -22,7 +22,7 @@ PIPELINES: Mapping[str, Family] = {
 """The families of diffusers' pipelines."""
 # What a generation does without: diffusers leaves them out where the index says null.
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SMALL = (".json", ".txt", ".model")
 
 
@@ -35,8 +35,8 @@ def fetch_weights(where: str, to: Path) -> Path:
     local = Path(where).expanduser()
     if where.startswith(("s3://", "embedded://")) or local.is_dir():
         found = _from_store(where, to)
-    elif _HUB_ID.fullmatch(where):
-        found = _from_hub(where)
+    elif HUB_ID.fullmatch(where):
+        found = from_hub(where)
     else:
         raise ArtefactError(f"{where}: no such folder, and neither a s3:// URI nor a hub id (owner/name)")
     require_complete(found, where)
@@ -55,7 +55,8 @@ def _from_store(where: str, to: Path) -> Path:
     return to
 
 
-def _from_hub(name: str) -> Path:
+def from_hub(name: str) -> Path:
+    """The local folder of a hub's repository: its settings and safetensors. ArtefactError where it gives none."""
     from huggingface_hub import snapshot_download  # asks for the network only here
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -1,0 +1,320 @@
+"""What a dataset is worth for training: classifiers learn from real, synthetic or both, and read held-out scans.
+
+`read_material` reads once what they learn from and are tested on; `scanloom.training.utility.train_and_score` is one
+classifier; `utility_of` says what all of them together show. Esteban et al. 2017 call the second arm TSTR: train on
+synthetic, test on real.
+
+Legend of shape suffixes: K seeds, M held-out scans, L labels, R replicates, G cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from scipy.stats import t as students_t
+
+from scanloom.artefact import Artefact, open_artefact
+from scanloom.attributes import Attributes, AttributeSchema
+from scanloom.audit.groups import EVERYONE, LEAST_IMAGES, Grouping, widest_gap, within
+from scanloom.audit.intervals import Estimate, multiplicities, percentile
+from scanloom.audit.report import Gain, Gap, Interval, Usefulness, Utility
+from scanloom.audit.scans import Row, shards, spread, square
+from scanloom.errors import ArtefactError, RecipeError
+from scanloom.models.backbone import Backbone, load_backbone
+from scanloom.models.classifier import DEFAULT, ON_VECTORS
+from scanloom.models.probe_card import Output, outputs_of
+from scanloom.recipe import LabelsAttribute, nearest
+from scanloom.recipe_audit import Arm, UtilityStudy
+from scanloom.sampling.dataset import IMAGES
+from scanloom.training.utility import ARMS, Material, Part, Scores
+
+MEAN = "mean of labels"
+HELD_OUT = ("holdout", "validation")
+Floats = NDArray[np.float64]
+_BATCH = 64
+
+
+class UtilityJob(BaseModel):
+    """What whoever reads the material is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: UtilityStudy
+    corpus_uri: str
+    dataset_uri: str
+
+
+# --- what is learned from -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Read:
+    inputs_NX: NDArray[Any]
+    rows: list[Attributes]
+    patients: list[str]
+
+
+def read_material(config: Mapping[str, Any]) -> Material:
+    """Read what classifiers learn from and are tested on. `config` is a UtilityJob as a dict.
+
+    At most `settings.images` of each part are held, 8 KB each at 64 px. RecipeError for a label that nobody declared,
+    ArtefactError where there is nothing to learn from or to test on, or a patient is on both sides.
+    """
+    job = UtilityJob.model_validate(config)
+    settings = job.settings
+    corpus, dataset = open_artefact(job.corpus_uri, "corpus"), open_artefact(job.dataset_uri, "dataset")
+    schema = AttributeSchema.model_validate(corpus.manifest.statistics["schema"])
+    made_schema = AttributeSchema.model_validate(dataset.manifest.statistics["spec"]["attributes"])
+    device = "cuda" if settings.use_gpu else "cpu"
+    backbone = None if settings.backbone is None else load_backbone(settings.backbone, device)
+    size_px = min(settings.size_px, corpus.manifest.statistics["size_px"]) if backbone is None else backbone.size_px
+
+    def read(artefact: Artefact, folders: Sequence[str], of: AttributeSchema) -> _Read:
+        return _read(artefact, folders, of, settings.images, size_px, backbone)
+
+    train, made = read(corpus, ["train"], schema), read(dataset, [IMAGES], made_schema)
+    held_out = read(corpus, [split for split in HELD_OUT if shards(corpus, split)], schema)
+    for one, what in ((train, "train scans"), (held_out, "held-out scans"), (made, "images")):
+        if not one.rows:
+            raise ArtefactError(f"{(dataset if one is made else corpus).uri}: holds no {what} to measure usefulness by")
+    if set(train.patients) & set(held_out.patients):
+        raise ArtefactError(f"{corpus.uri}: patients are both trained on and held out; prepare it again")
+    outputs = _asked(settings, schema)
+    left_out = _left_out(outputs, train, made, held_out, settings.least_patients)
+    labels = [output for output in outputs if output.name not in left_out]
+
+    def part(of: _Read) -> Part:
+        return Part(of.inputs_NX, np.stack([_shown(label, of.rows) for label in labels], 1) if labels else
+                    np.zeros((len(of.rows), 0), np.float32))  # fmt: skip
+
+    return Material(
+        schema=schema, labels=tuple(label.name for label in labels), train=part(train), synthetic=part(made),
+        held_out=part(held_out), patients=held_out.patients, attributes=held_out.rows, left_out=left_out,
+        classifier=f"{DEFAULT}, {size_px} px" if backbone is None else f"{ON_VECTORS} {backbone.name}",
+    )  # fmt: skip
+
+
+def _read(
+    artefact: Artefact, folders: Sequence[str], schema: AttributeSchema, most: int, size_px: int,
+    backbone: Backbone | None,
+) -> _Read:  # fmt: skip
+    inputs: list[NDArray[Any]] = []
+    rows: list[Attributes] = []
+    patients: list[str] = []
+    for folder in folders:
+        for batch in _batches(spread(artefact, folder, max(1, most // len(folders)))):
+            squares = np.stack([square(row, folder, size_px) for row in batch])
+            inputs.append(squares.astype(np.float16) if backbone is None else backbone(squares))
+            rows += [schema.from_row(row) for row in batch]
+            patients += [str(row["id"] if folder == IMAGES else row["patient"]) for row in batch]
+    return _Read(np.concatenate(inputs) if inputs else np.zeros((0, size_px, size_px), np.float16), rows, patients)
+
+
+def _batches(rows: Iterable[Row]) -> Iterable[list[Row]]:
+    batch: list[Row] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _asked(settings: UtilityStudy, schema: AttributeSchema) -> list[Output]:
+    """The labels that the recipe names; else all labels, or, of a schema without any, values of categories."""
+    able = {output.name: output for output in outputs_of(schema) if output.value is not None}
+    for name in settings.labels or ():
+        if name not in able:
+            raise RecipeError(f"audit.utility.labels: the corpus declares no {name!r}{nearest(name, able)}")
+    if settings.labels is not None:
+        return [able[name] for name in settings.labels]
+    found = [one for one in able.values() if isinstance(schema[one.attribute], LabelsAttribute)]
+    return found or list(able.values())
+
+
+def _left_out(outputs: Sequence[Output], train: _Read, made: _Read, held_out: _Read, least: int) -> dict[str, str]:
+    """Labels that too few of those tested, or of those learned from, have or have not, each with the reason."""
+    found: dict[str, str] = {}
+    for output in outputs:
+        tested = _shown(output, held_out.rows)
+        for said, count in (("have it", tested == 1), ("have it not", tested == 0)):
+            patients = len({held_out.patients[place] for place in np.flatnonzero(count)})
+            if patients < least:
+                found.setdefault(output.name, f"{patients} held-out patients {said}; needs {least}")
+        for part, what in ((train, "train scans"), (made, "synthetic images")):
+            told = _shown(output, part.rows)
+            if not (told == 1).any() or not (told == 0).any():
+                found.setdefault(output.name, f"the {what} have it everywhere or nowhere")
+    return found
+
+
+def _shown(output: Output, rows: Sequence[Attributes]) -> NDArray[np.float32]:
+    """Whether rows show it, float32 [N]: 0 or 1; NaN where it is not known."""
+    values = [row.get(output.attribute) for row in rows]
+    told = [
+        math.nan
+        if value is None
+        else float(output.value in value if isinstance(value, tuple) else output.value == value)
+        for value in values
+    ]
+    return np.array(told, dtype=np.float32)
+
+
+# --- what it shows --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Area:
+    """The AUC of one arm, label and cell: over the seeds, and in resampled patients."""
+
+    estimate: Estimate
+    replicates_R: Floats
+
+
+def utility_of(
+    material: Material, scores: Sequence[Scores], groups: Sequence[str] | None, least_patients: int, seed: int = 0
+) -> Utility:
+    """What all classifiers together show, by arm, label and cell; `groups` are those of `Fairness`.
+
+    An interval is that of a bootstrap over held-out patients, with what the seeds differ by added: their mean's t
+    distribution. The same patients are drawn for every arm, so that a gain is compared on the same scans.
+    """
+    weights_RM = multiplicities(material.patients, seed=seed)
+    grouping = Grouping.of(material.schema, material.attributes, groups)
+    codes = grouping.codes(material.attributes)
+    cells = [EVERYONE, *grouping.singles()]
+    figures: list[Usefulness] = []
+    gains: list[Gain] = []
+    areas: dict[tuple[Arm, str, str], _Area] = {}
+    by_arm = {arm: _stacked(scores, arm) for arm in ARMS if any(one.arm == arm for one in scores)}
+    for cell in cells:
+        inside_M = within(cell, codes)
+        for label, wanted_M in zip(material.labels, material.held_out.wanted_NL.T, strict=True):
+            chosen_M = inside_M & ~np.isnan(wanted_M)
+            if not chosen_M.any():
+                continue
+            has_M = wanted_M[chosen_M] == 1
+            owners = np.asarray(material.patients)[chosen_M]
+            fewest = min(len(set(owners[has_M])), len(set(owners[~has_M])))
+            for number, (arm, read_KML) in enumerate(by_arm.items()):
+                column = read_KML[:, chosen_M, material.labels.index(label)]
+                area = _area(column, has_M, weights_RM[:, chosen_M], fewest, seed + number)
+                areas[arm, label, cell.name] = area
+                figures.append(Usefulness(
+                    arm=arm, label=label, cell=cell.name, auc=Interval.of(area.estimate), scans=len(has_M),
+                    positives=int(has_M.sum()), seeds=len(read_KML),
+                    small=fewest < least_patients or (cell is not EVERYONE and len(has_M) < LEAST_IMAGES),
+                ))  # fmt: skip
+    figures += _means(material, by_arm, areas)
+    for (arm, label, cell_name), area in areas.items():
+        if cell_name == EVERYONE.name and arm != "real":
+            gains.append(Gain(arm=arm, label=label, over_real=_less(area, areas["real", label, cell_name])))
+    return Utility(
+        classifier=material.classifier, train_scans=len(material.train), synthetic_images=len(material.synthetic),
+        figures=tuple(figures), held_out_scans=len(material.held_out), held_out_patients=len(set(material.patients)),
+        gains=tuple(gains), gaps=_gaps(figures, grouping), left_out=dict(material.left_out),
+        seconds=sum(one.seconds for one in scores),
+    )  # fmt: skip
+
+
+def _stacked(scores: Sequence[Scores], arm: Arm) -> Floats:
+    chosen = sorted((one for one in scores if one.arm == arm), key=lambda one: one.seed)
+    return np.stack([one.likelihood_ML.astype(np.float64) for one in chosen])
+
+
+def _area(read_KM: Floats, has_M: NDArray[np.bool_], weights_RM: Floats, fewest: int, seed: int) -> _Area:
+    if not has_M.any() or has_M.all():
+        return _Area(Estimate(math.nan, 0.0, 1.0), np.full(len(weights_RM), math.nan))
+    plain = np.ones((1, len(has_M)))
+    each_K = np.array([weighted_auc(read_M, has_M, plain)[0] for read_M in read_KM])
+    replicates_R = np.mean([weighted_auc(read_M, has_M, weights_RM) for read_M in read_KM], axis=0)
+    if len(each_K) > 1:
+        # What seeds differ by is known of few of them: Student's distribution, not the normal one.
+        drawn = students_t.rvs(len(each_K) - 1, size=len(replicates_R), random_state=np.random.default_rng(seed))
+        replicates_R = replicates_R + drawn * each_K.std(ddof=1) / math.sqrt(len(each_K))
+    return _Area(_interval(float(each_K.mean()), replicates_R, fewest), replicates_R)
+
+
+def _interval(value: float, replicates_R: Floats, fewest: int) -> Estimate:
+    """Within 0 to 1; of a perfect separation at least as wide as for that many successes of as many patients."""
+    known = replicates_R[~np.isnan(replicates_R)]
+    found = percentile(value, known) if len(known) else Estimate(value, 0.0, 1.0)
+    low, high = max(0.0, found.low), min(1.0, found.high)
+    bound = 0.025 ** (1.0 / max(1, fewest))
+    if value == 1.0:
+        low = min(low, bound)
+    if value == 0.0:
+        high = max(high, 1.0 - bound)
+    return Estimate(value, low, high)
+
+
+def weighted_auc(read_M: Floats, has_M: NDArray[np.bool_], weights_RM: Floats) -> Floats:
+    """The chance that one that has it is read higher than one that has not, ties half, float64 [R], by weight.
+
+    NaN where a replicate holds only one kind.
+    """
+    order = np.argsort(read_M, kind="stable")
+    read, has, weights = read_M[order], has_M[order], weights_RM[:, order]
+    starts = np.flatnonzero(np.concatenate([[True], read[1:] != read[:-1]]))
+    with_RV = np.add.reduceat(weights * has, starts, axis=1)
+    without_RV = np.add.reduceat(weights * ~has, starts, axis=1)
+    below_RV = np.cumsum(without_RV, axis=1) - without_RV / 2.0
+    pairs_R = with_RV.sum(axis=1) * without_RV.sum(axis=1)
+    area: Floats = np.divide(
+        (with_RV * below_RV).sum(axis=1), pairs_R, out=np.full(len(weights), math.nan), where=pairs_R > 0
+    )
+    return area
+
+
+def _means(
+    material: Material, by_arm: Mapping[Arm, Floats], areas: dict[tuple[Arm, str, str], _Area]
+) -> list[Usefulness]:
+    """The mean over all labels, of all held-out scans; none of a single label."""
+    if len(material.labels) < 2:
+        return []
+    found = []
+    for arm, read_KML in by_arm.items():
+        parts = [areas[arm, label, EVERYONE.name] for label in material.labels]
+        replicates_R = np.mean([one.replicates_R for one in parts], axis=0)
+        value = float(np.mean([one.estimate.value for one in parts]))
+        areas[arm, MEAN, EVERYONE.name] = _Area(_interval(value, replicates_R, len(material.patients)), replicates_R)
+        wanted = material.held_out.wanted_NL
+        found.append(Usefulness(
+            arm=arm, label=MEAN, cell=EVERYONE.name, auc=Interval.of(areas[arm, MEAN, EVERYONE.name].estimate),
+            scans=int((~np.isnan(wanted)).any(axis=1).sum()), positives=int((wanted == 1).any(axis=1).sum()),
+            seeds=len(read_KML), small=False,
+        ))  # fmt: skip
+    return found
+
+
+def _less(area: _Area, other: _Area) -> Interval:
+    gained_R = area.replicates_R - other.replicates_R
+    known = gained_R[~np.isnan(gained_R)]
+    value = area.estimate.value - other.estimate.value
+    if not len(known) or math.isnan(value):
+        return Interval(value=None, low=None, high=None)
+    return Interval.of(percentile(value, known))
+
+
+def _gaps(figures: Sequence[Usefulness], grouping: Grouping) -> tuple[Gap, ...]:
+    """Between the values of each category, of classifiers that saw no real scan beside those that saw only such."""
+    told = {(one.arm, one.label, one.cell): one.auc for one in figures if not one.small}
+    found = []
+    for axis in grouping.axes:
+        for label in dict.fromkeys(one.label for one in figures if one.label != MEAN):
+            by_arm = {
+                arm: {name: told[arm, label, name] for name in axis.names if (arm, label, name) in told}
+                for arm in ("synthetic", "real")
+            }
+            found.append(widest_gap(
+                f"AUC of {label}, trained on synthetic", axis.attribute, by_arm["synthetic"], low_is_worse=True,
+                real=by_arm["real"],
+            ))  # fmt: skip
+    return tuple(gap for gap in found if gap is not None)
