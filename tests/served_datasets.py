@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from scanloom.api import DatasetRequest
 from scanloom.artefact import Artefact, FileEntry, publish
 from scanloom.store import Store
 from serve.config import Service
+from serve.ledger import Ledger
 from serve.ray_jobs import JobState, JobsUnavailable
 from tests.tiny_generator import STATISTICS
 
@@ -34,6 +38,11 @@ def service(store_uri: str, generator_uri: str, **datasets: Any) -> Service:
             "datasets": {"store": store_uri, "images_per_shard": 4, "poll_s": 0.1, **datasets},
         }
     )
+
+
+def ledgers(folder: Path, generator_uri: str) -> Iterator[Ledger]:
+    """New ledgers without end, each with a store of its own in a folder."""
+    return (Ledger(service(str(folder / str(number)), generator_uri)) for number in itertools.count())
 
 
 @dataclass
