@@ -6,15 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from scanloom.artefact import open_artefact
-from scanloom.errors import ArtefactError, BusyError, DeadlineError, DeadlineTooShort, QualityError, RecipeError
+from scanloom.errors import BusyError, DeadlineError, DeadlineTooShort
 from scanloom.recipe import CellsCohort, Generate, Quality
 from scanloom.sampling.admission import Pace
 from scanloom.sampling.bookings import MARGIN
@@ -25,7 +23,7 @@ from scanloom.sampling.plan import Plan, compile_plan, specify
 from scanloom.sampling.production import Produced, ShardEngine, produce, quantise
 from scanloom.sampling.quality import Appearance
 from scanloom.sampling.workbench import Workbench, open_workbench
-from tests.faulty_generator import FaultyGenerator
+from tests.desks import Clock, desks, gated, order, result, settled
 from tests.gated_generator import PATIENCE_S, GatedGenerator, bench_of
 from tests.tiny_generator import STATISTICS, publish_generator
 
@@ -34,35 +32,8 @@ ANYTHING = Quality(least_contrast=0.0, most_white=1.0, most_black=1.0)
 
 @pytest.fixture
 def opened() -> Iterator[Callable[..., Desk]]:
-    """Desks that are closed when the test is over."""
-    desks: list[Desk] = []
-
-    def open_desk(load: Callable[[str], Workbench], **settings: Any) -> Desk:
-        desks.append(Desk(load, **settings))
-        return desks[-1]
-
-    yield open_desk
-    for desk in desks:
-        desk.close()
-
-
-def order(generator: str = "a", *, within_s: float = PATIENCE_S, **changes: Any) -> ImageOrder:
-    told: dict[str, Any] = {"attributes": {}, "seed": 5, "steps": 3, "guidance_scale": 1.0} | changes
-    return ImageOrder(request="r", generator=generator, due=time.time() + within_s, **told)
-
-
-def result(future: Future[MadeImages]) -> MadeImages:
-    return future.result(PATIENCE_S)
-
-
-def settled(desk: Desk) -> None:
-    """Wait until nothing is in the desk's slots any more."""
-    deadline = time.monotonic() + PATIENCE_S
-    with desk._changed:
-        while desk.status().slots_used + desk.status().waiting:
-            assert time.monotonic() < deadline, desk.status()
-            # Not every freed slot is told, so a wait ends by itself, too.
-            desk._changed.wait(0.01)
+    with desks() as open_desk:
+        yield open_desk
 
 
 # --- the same images as a dataset's -----------------------------------------------------------------------------
@@ -157,20 +128,6 @@ def test_images_of_mixed_sizes_steps_and_guidance_are_those_made_alone(tiny: str
 
 
 # --- turns and slots --------------------------------------------------------------------------------------------
-
-
-def gated(
-    opened: Callable[..., Desk], *names: str, slots: int = 4, **settings: Any
-) -> tuple[Desk, list[GatedGenerator]]:
-    """A desk with generators that are loaded and whose gates are shut, and share a log."""
-    log: list[str] = []
-    generators = {name: GatedGenerator(name, log) for name in names}
-    desk = opened(lambda name: bench_of(generators[name], slots=slots), loaded=len(names), **settings)
-    for name in names:
-        desk.open(name).result(PATIENCE_S)
-        generators[name].shut()
-    log.clear()
-    return desk, list(generators.values())
 
 
 def test_a_newcomer_starts_at_the_next_step_and_leaves_when_it_is_done(opened: Callable[..., Desk]) -> None:
@@ -278,16 +235,6 @@ def test_many_threads_ask_at_once(opened: Callable[..., Desk]) -> None:
 # --- deadlines --------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Seconds since 1970, as the test has it."""
-
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_what_turns_out_late_is_dropped_and_its_slots_are_anothers(opened: Callable[..., Desk]) -> None:
     clock = Clock()
     desk, [generator] = gated(opened, "a", slots=2, clock=clock)
@@ -333,206 +280,6 @@ def test_deadlines_that_cannot_be_met_are_refused_at_once(opened: Callable[..., 
     generator.let(None)
     result(running)
     result(second)
-
-
-# --- what goes wrong --------------------------------------------------------------------------------------------
-
-
-def test_what_no_attempt_could_make_fails_its_own_order_only(opened: Callable[..., Desk]) -> None:
-    judges = [Appearance(Quality(), 8)]
-    desk = opened(lambda _: bench_of(FaultyGenerator(), slots=4, judges=judges, attempts=4))
-    hopeless = desk.take(order(attributes={"findings": ("Cardiomegaly",)}, steps=1, count=2))
-    fine = desk.take(order(attributes={"findings": ()}, steps=1, count=3))
-    with pytest.raises(QualityError, match=r"image [01] of seed 5: none of 4 attempts .*blank"):
-        result(hopeless)
-    assert list(result(fine).attempts) == [0, 0, 0]
-    settled(desk)
-    assert desk.status().rejects["blank"] >= 4
-
-
-class _Overflowing(FaultyGenerator):
-    """What it makes for `Effusion` are no numbers."""
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        broken = (latents[:, 1:, :1, :1] == 0.0).expand(-1, 1, 8, 8)
-        return super().decode(latents).masked_fill(broken, torch.nan)
-
-
-def test_pixels_that_are_no_numbers_fail_their_own_order_only(opened: Callable[..., Desk]) -> None:
-    desk = opened(lambda _: bench_of(_Overflowing(), slots=8, attempts=3))
-    broken = desk.take(order(attributes={"findings": ("Effusion",)}, steps=1, count=3))
-    others = [desk.take(order(attributes={"findings": ()}, steps=1, seed=seed, count=3)) for seed in range(3)]
-    with pytest.raises(QualityError, match="not-numbers"):
-        result(broken)
-    for other in others:
-        assert np.isfinite(result(other).pixels).all()
-    assert desk.healthy
-
-
-def test_attributes_that_a_generator_does_not_know_fail_their_own_order_only(opened: Callable[..., Desk]) -> None:
-    desk, [generator] = gated(opened, "a")
-    other = desk.take(order(count=2))
-    generator.until_shut()
-    wrong = desk.take(order(attributes={"unheard of": 1.0}, count=2))
-    too_many = desk.take(order(steps=100_000))
-    generator.let(None)
-    with pytest.raises(RecipeError, match="attributes"):
-        result(wrong)
-    with pytest.raises(RecipeError, match="steps"):
-        result(too_many)
-    result(other)
-    settled(desk)
-
-
-def test_an_unexpected_error_ends_all_orders_and_the_desk_says_that_it_is_ill(opened: Callable[..., Desk]) -> None:
-    class Broken(GatedGenerator):
-        def denoise(self, latents: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-            super().denoise(latents, timesteps, condition)
-            if len(self.log) > 30:
-                raise RuntimeError("the device is lost")
-            return -latents
-
-    generator = Broken()
-    desk = opened(lambda _: bench_of(generator, slots=2))
-    futures = [desk.take(order(steps=50, seed=seed)) for seed in range(4)]
-    for future in futures:
-        with pytest.raises(BusyError, match="another one takes its place") as error:
-            result(future)
-        assert error.value.retry_after_s > 0.0
-        assert "device is lost" in str(error.value.__cause__)
-    assert not desk.healthy
-    assert not desk.status().healthy
-    with pytest.raises(BusyError):
-        desk.take(order())
-    with pytest.raises(BusyError):
-        desk.open("b")
-
-
-def test_a_step_that_hangs_makes_the_desk_ill_and_one_that_ends_makes_it_well(opened: Callable[..., Desk]) -> None:
-    desk, [generator] = gated(opened, "a", stuck_s=0.01)
-    future = desk.take(order())
-    deadline = time.monotonic() + PATIENCE_S
-    while desk.healthy:
-        assert time.monotonic() < deadline
-    with pytest.raises(BusyError):
-        desk.take(order())
-    generator.let(None)
-    result(future)
-    assert desk.healthy
-
-
-# --- several generators -----------------------------------------------------------------------------------------
-
-
-def test_a_generator_is_loaded_while_another_goes_on(opened: Callable[..., Desk]) -> None:
-    loading, go_on = threading.Event(), threading.Event()
-
-    def load(name: str) -> Workbench:
-        if name == "b":
-            loading.set()
-            assert go_on.wait(PATIENCE_S)
-        return bench_of(GatedGenerator(name))
-
-    desk = opened(load)
-    desk.open("a").result(PATIENCE_S)
-    slow = desk.take(order("b"))
-    assert loading.wait(PATIENCE_S)
-    for seed in range(3):
-        result(desk.take(order("a", seed=seed)))
-    assert not slow.done()
-    assert desk.status().generators["b"].waiting == 1
-    go_on.set()
-    result(slow)
-
-
-def test_the_least_recently_used_idle_generator_makes_room(opened: Callable[..., Desk]) -> None:
-    loads: list[str] = []
-
-    def load(name: str) -> Workbench:
-        loads.append(name)
-        return bench_of(GatedGenerator(name))
-
-    desk = opened(load, loaded=2)
-    for name in "abacab":
-        result(desk.take(order(name)))
-    # b made room for c, and c for b.
-    assert loads == [*"abcb"]
-    told = desk.status().generators
-    assert {name for name, status in told.items() if status.loaded} == {"a", "b"}
-    assert {name: status.images for name, status in told.items()} == {"a": 3, "b": 2, "c": 1}
-
-
-def test_a_generator_that_is_refused_because_it_must_be_loaded_first_is_loaded_all_the_same(
-    opened: Callable[..., Desk],
-) -> None:
-    desk = opened(lambda name: bench_of(GatedGenerator(name)), loaded=1)
-    for name in "ab":
-        result(desk.take(order(name)))
-    desk._book._absent["a"] = 1e6
-    with pytest.raises(DeadlineError):
-        desk.take(order("a"))
-    desk.open("a").result(PATIENCE_S)
-    result(desk.take(order("a")))
-
-
-def test_a_generator_that_is_at_work_makes_no_room(opened: Callable[..., Desk]) -> None:
-    generators = {name: GatedGenerator(name) for name in "ab"}
-    desk = opened(lambda name: bench_of(generators[name]), loaded=1)
-    desk.open("a").result(PATIENCE_S)
-    generators["a"].shut()
-    first, second = desk.take(order("a")), desk.take(order("b"))
-    generators["a"].until_shut()
-    generators["a"].let(1)
-    generators["a"].until_shut()
-    assert generators["b"].log == []
-    generators["a"].let(None)
-    result(first)
-    result(second)
-
-
-def test_a_generator_that_always_has_work_makes_room_in_the_end(opened: Callable[..., Desk]) -> None:
-    clock = Clock()
-    generators = {name: GatedGenerator(name) for name in "ab"}
-    desk = opened(lambda name: bench_of(generators[name]), loaded=1, clock=clock)
-    desk.open("a").result(PATIENCE_S)
-    generators["a"].shut()
-    running = desk.take(order("a", steps=9, within_s=500))
-    waits = desk.take(order("b", within_s=500))
-    for passed_s in (0.0, 20.0):
-        clock.now += passed_s
-        desk.take(order("a", steps=9, within_s=500))
-        generators["a"].let(1)
-        generators["a"].until_shut()
-    clock.now += 20.0
-    generators["a"].let(1)
-    generators["a"].until_shut()
-    with pytest.raises(BusyError, match="makes room for another"):
-        desk.take(order("a"))
-    generators["a"].let(None)
-    result(running)
-    result(waits)
-    result(desk.take(order("a")))
-
-
-def test_a_generator_that_cannot_be_loaded_fails_its_own_orders(opened: Callable[..., Desk]) -> None:
-    def load(name: str) -> Workbench:
-        if name == "lost":
-            raise ArtefactError("no artefact here")
-        return bench_of(GatedGenerator(name))
-
-    desk = opened(load)
-    futures = [desk.take(order("lost")) for _ in range(2)]
-    result(desk.take(order("a")))
-    for future in futures:
-        with pytest.raises(ArtefactError, match="no artefact here"):
-            result(future)
-    # Who asks again is told at once, for a while.
-    with pytest.raises(ArtefactError, match="no artefact here"):
-        desk.take(order("lost"))
-    with pytest.raises(ArtefactError):
-        desk.open("lost").result(PATIENCE_S)
-    assert desk.open("a").result(PATIENCE_S) is None
-    assert desk.healthy
 
 
 # --- the end ----------------------------------------------------------------------------------------------------
