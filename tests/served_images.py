@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -23,6 +23,7 @@ from serve.access import Gatekeeper
 from serve.audit_log import AuditLog
 from serve.catalogue import read_catalogue
 from serve.config import Service
+from serve.gateway import gateway
 from serve.ledger import Ledger
 from serve.metrics import Metrics
 from serve.parts import Parts
@@ -130,6 +131,17 @@ class Asked:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+@contextmanager
+def applications(service: Service) -> Iterator[Callable[..., Asked]]:
+    """Opens applications of these settings, with what a test replaces, and closes them in the end."""
+    with ExitStack() as opened:
+
+        def open_with(make: Make = blank, holder: str = "lab", service: Service = service, **replaced: Any) -> Asked:
+            return opened.enter_context(closing(Asked(gateway(parts_of(service, make, **replaced)), holder)))
+
+        yield open_with
 
 
 @contextmanager

@@ -12,11 +12,10 @@ import pytest
 
 from scanloom.errors import StoreError
 from serve.config import Service
-from serve.gateway import gateway
 from serve.ledger import NotFound
 from serve.turns import MOST_RUNNING, MOST_WAITING
 from tests.served_datasets import finish
-from tests.served_images import ORDER, Asked, bearer, blank, parts_of, problem, settings
+from tests.served_images import ORDER, Asked, applications, bearer, problem, settings
 from tests.tiny_generator import ENVELOPE, publish_generator
 
 
@@ -32,23 +31,14 @@ def service(generator: str, tmp_path_factory: pytest.TempPathFactory) -> Service
 
 @pytest.fixture(scope="module")
 def ask(service: Service) -> Iterator[Asked]:
-    asked = Asked(gateway(parts_of(service, blank)))
-    yield asked
-    asked.close()
+    with applications(service) as opened:
+        yield opened()
 
 
 @pytest.fixture
-def asked_of() -> Iterator[Any]:
-    """Applications of other settings or parts."""
-    opened: list[Asked] = []
-
-    def open_with(service: Service, **replaced: Any) -> Asked:
-        opened.append(Asked(gateway(parts_of(service, blank, **replaced))))
-        return opened[-1]
-
-    yield open_with
-    for asked in opened:
-        asked.close()
+def asked_of(service: Service) -> Iterator[Any]:
+    with applications(service) as opened:
+        yield opened
 
 
 def test_a_dataset_is_ordered_found_and_read_from_the_url_of_its_result(ask: Asked, service: Service) -> None:
@@ -83,7 +73,7 @@ def test_a_retry_is_answered_by_its_own_job_where_the_quota_is_used_up(
     asked_of: Any, generator: str, tmp_path: Path
 ) -> None:
     limited = settings(generator, str(tmp_path), everyone={"datasets_at_once": 1})
-    ask = asked_of(limited)
+    ask = asked_of(service=limited)
     headers = {"Idempotency-Key": "order-1"}
     first = ask("POST", "/v1/datasets", json=ORDER, headers=headers)
     assert first.status_code == 202
@@ -95,7 +85,7 @@ def test_a_retry_is_answered_by_its_own_job_where_the_quota_is_used_up(
 def test_of_orders_at_the_same_time_no_more_are_taken_than_the_quota(
     asked_of: Any, generator: str, tmp_path: Path
 ) -> None:
-    ask = asked_of(settings(generator, str(tmp_path), everyone={"datasets_at_once": 3}))
+    ask = asked_of(service=settings(generator, str(tmp_path), everyone={"datasets_at_once": 3}))
     placing = [ask.begin("POST", "/v1/datasets", json=ORDER) for _ in range(8)]
     assert sorted(answer.result(60.0).status_code for answer in placing) == [202] * 3 + [429] * 5
 
@@ -124,7 +114,7 @@ def test_a_dataset_that_cannot_be_made_is_refused_when_it_is_ordered(
 
 
 def test_datasets_are_listed_by_pages_and_cancelled(asked_of: Any, generator: str, tmp_path: Path) -> None:
-    ask = asked_of(settings(generator, str(tmp_path)))
+    ask = asked_of(service=settings(generator, str(tmp_path)))
     ids = [ask("POST", "/v1/datasets", json=ORDER).json()["id"] for _ in range(3)]
     page = ask("GET", "/v1/datasets?limit=2").json()
     assert [job["id"] for job in page["datasets"]] == ids[:0:-1]
@@ -137,7 +127,7 @@ def test_datasets_are_listed_by_pages_and_cancelled(asked_of: Any, generator: st
 
 
 def test_a_service_without_datasets_says_so(asked_of: Any, generator: str) -> None:
-    ask = asked_of(settings(generator))
+    ask = asked_of(service=settings(generator))
     assert "no orders" in problem(ask("POST", "/v1/datasets", json=ORDER), 404, "not-found").detail
     assert "no orders" in problem(ask("GET", "/v1/datasets"), 404, "not-found").detail
 
@@ -155,9 +145,9 @@ class Slow:
         raise NotFound("there is no such dataset")
 
 
-def test_while_the_store_is_slow_no_tenant_takes_the_threads_of_others(asked_of: Any, service: Service) -> None:
+def test_while_the_store_is_slow_no_tenant_takes_the_threads_of_others(asked_of: Any) -> None:
     slow = Slow()
-    ask = asked_of(service, ledger=slow)
+    ask = asked_of(ledger=slow)
     theirs = [ask.begin("GET", "/v1/datasets/x") for _ in range(MOST_WAITING + 1)]
     try:
         assert all(slow.begun.acquire(timeout=10.0) for _ in range(MOST_RUNNING))
@@ -178,8 +168,8 @@ class Down:
         raise StoreError("s3://secret-bucket/orders: does not answer", retryable=True)
 
 
-def test_a_store_that_is_down_is_told_as_something_that_passes(asked_of: Any, service: Service) -> None:
-    answer = asked_of(service, ledger=Down())("GET", "/v1/datasets/0123456789abcdef01234567")
+def test_a_store_that_is_down_is_told_as_something_that_passes(asked_of: Any) -> None:
+    answer = asked_of(ledger=Down())("GET", "/v1/datasets/0123456789abcdef01234567")
     problem(answer, 503, "store-unavailable")
     assert answer.headers["Retry-After"] == "5"
     assert "secret" not in answer.text

@@ -42,7 +42,7 @@ from serve.config import Service
 from serve.engines import UnavailableError
 from serve.gateway import gateway
 from serve.replica import Replica
-from tests.served_images import Asked, bearer, blank, listening, parts_of, problem, settings
+from tests.served_images import Asked, applications, bearer, blank, listening, parts_of, problem, settings
 from tests.tiny_generator import ENVELOPE, SIZE, publish_generator
 
 WANTED = {"sex": "F", "age": 50, "view": "PA", "findings": ["Effusion"]}
@@ -68,23 +68,14 @@ def replica(service: Service) -> Iterator[Replica]:
 
 @pytest.fixture(scope="module")
 def ask(service: Service, replica: Replica) -> Iterator[Asked]:
-    asked = Asked(gateway(parts_of(service, replica.make)))
-    yield asked
-    asked.close()
+    with applications(service) as opened:
+        yield opened(replica.make)
 
 
 @pytest.fixture
 def asked_of(service: Service) -> Iterator[Any]:
-    """Applications whose parts are replaced."""
-    opened: list[Asked] = []
-
-    def open_with(make: Any = None, holder: str = "lab", **replaced: Any) -> Asked:
-        opened.append(Asked(gateway(parts_of(replaced.pop("service", service), make, **replaced)), holder))
-        return opened[-1]
-
-    yield open_with
-    for asked in opened:
-        asked.close()
+    with applications(service) as opened:
+        yield opened
 
 
 def raising(error: Exception) -> Any:
