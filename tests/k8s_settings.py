@@ -6,29 +6,19 @@ import importlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from unittest import mock
 
 import jobs.cluster
 from scanloom.errors import RecipeError, ScanloomError
+from scanloom.needs import Need, need
 from scanloom.recipe import Recipe, read_recipe
 from serve.config_file import ServeFile, read_config
 from tests.k8s_rules import entrypoint
 from tests.k8s_site import GPU, Pod, RayCluster, Site
 
 RECIPE = "/etc/scanloom/recipe.yaml"
-
-
-@dataclass(frozen=True)
-class Need:
-    """What Ray must have at once, and the largest part of it that must be in one place."""
-
-    cpus: float = 0
-    gpus: float = 0
-    cpus_of_one: float = 0
-    gpus_of_one: float = 0
 
 
 def service(site: Site) -> Iterator[str]:
@@ -60,10 +50,10 @@ def service(site: Site) -> Iterator[str]:
     grace = engines.spec.get("terminationGracePeriodSeconds", 30)
     if grace <= longest_s or grace <= replicas.drain_s:
         yield f"engines: {grace} s of grace cut requests off that may take {longest_s:g} s"
-    need = Need(
+    needed = Need(
         settings.gateways + replicas.most * replicas.cpus, replicas.most * replicas.gpus, replicas.cpus, replicas.gpus
     )
-    yield from (f"RayService, replicas: {fault}" for fault in lacking(need, [engines]))
+    yield from (f"RayService, replicas: {fault}" for fault in lacking(needed, [engines]))
     kept = {mount["mountPath"] for mount in engines.spec["containers"][0]["volumeMounts"]}
     if settings.access.open:
         yield "serveConfigV2: access.open lets everybody in"
@@ -141,61 +131,13 @@ def recipes(site: Site) -> Iterator[str]:
             continue
         try:
             recipe = _recipe(held["data"]["recipe.yaml"], overrides)
-            need = NEEDS[name](recipe)
+            needed = need(name, recipe)
         except (RecipeError, KeyError) as error:
             yield f"{at}: {error}"
             continue
         if not recipe.store.startswith("s3://"):
             yield f"{at}: store {recipe.store} is a folder that each pod has its own of"
-        yield from (f"{at}: {fault}" for fault in lacking(need, cluster.workers or [cluster.head]))
-
-
-def _prepare(recipe: Recipe) -> Need:
-    if recipe.prepare is None:
-        raise RecipeError("the recipe has no section prepare")
-    return Need(recipe.prepare.workers, 0, 1)
-
-
-def _encode(recipe: Recipe) -> Need:
-    training, encoding = recipe.autoencoder, recipe.encode
-    trains = training.path is None
-    return Need(
-        max(trains * training.workers * training.cpus_per_worker, encoding.workers) + 1,
-        max(trains * training.workers * training.use_gpu, encoding.workers * encoding.gpus_per_worker),
-        trains * training.cpus_per_worker, max(trains * training.use_gpu, encoding.gpus_per_worker),
-    )  # fmt: skip
-
-
-def _finetune(recipe: Recipe) -> Need:
-    section = recipe.finetune
-    most = section.worker_range[1]
-    return Need(
-        most * section.cpus_per_worker + 1, most * section.use_gpu, section.cpus_per_worker, float(section.use_gpu)
-    )
-
-
-def _generate(recipe: Recipe) -> Need:
-    section = recipe.generate
-    if section is None:
-        raise RecipeError("the recipe has no section generate")
-    return Need(
-        section.engines * section.cpus_per_engine + section.writers, section.engines * section.gpus_per_engine,
-        section.cpus_per_engine, section.gpus_per_engine,
-    )  # fmt: skip
-
-
-def _audit(recipe: Recipe) -> Need:
-    section = recipe.audit.copies
-    return Need(
-        section.workers * section.cpus_per_worker + 1, section.workers * section.use_gpu,
-        section.cpus_per_worker, float(section.use_gpu),
-    )  # fmt: skip
-
-
-NEEDS: Mapping[str, Callable[[Recipe], Need]] = {
-    "prepare": _prepare, "encode": _encode, "finetune": _finetune, "generate": _generate,
-    "audit": _audit,
-}  # fmt: skip
+        yield from (f"{at}: {fault}" for fault in lacking(needed, cluster.workers or [cluster.head]))
 
 
 class _Parsed(ScanloomError):

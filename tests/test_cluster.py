@@ -16,8 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from scanloom.cli import app
-from scanloom.cluster import Finding, examine, gpus_needed, store_clock
+from scanloom.cluster import Finding, examine, store_clock
 from scanloom.errors import RecipeError
+from scanloom.needs import gpus_needed
 from scanloom.recipe import load_recipe
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)

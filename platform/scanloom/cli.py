@@ -16,11 +16,12 @@ from typing import Annotated, Literal, NoReturn
 import typer
 import yaml
 
-from scanloom import console
+from scanloom import console, remote
 from scanloom.api_key import entry, new_key
 from scanloom.artefact import Artefact, Problem, code_version, open_artefact, verify
-from scanloom.cluster import Finding, examine, gpus_needed, store_clock
+from scanloom.cluster import Finding, auth_token, examine, store_clock
 from scanloom.errors import RecipeError, ScanloomError
+from scanloom.needs import gpus_needed
 from scanloom.overview import overview, unfinished
 from scanloom.progress import Progress, progress_of_unfinished
 from scanloom.store import Store
@@ -33,10 +34,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=remote.PASSED_ON)(remote.submit)
+app.command(context_settings=remote.PASSED_ON)(remote.render)
+app.add_typer(remote.jobs, name="jobs")
 _Recipe = Annotated[str, typer.Argument(help="A YAML recipe, a file or s3://bucket/key.", metavar="RECIPE")]
 _Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value; may be repeated.")
+]
+_Address = Annotated[
+    str | None,
+    typer.Option("--address", metavar="URL", help="Run it on this Ray cluster, as `submit` does: http://host:8265."),
 ]
 
 
@@ -65,22 +72,22 @@ def inspect(
     _become_job("survey", [source, *options])
 
 
-@app.command(context_settings=_PASSED_ON)
-def prepare(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
+@app.command(context_settings=remote.PASSED_ON)
+def prepare(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
     """Scans -> corpus: read, de-identify, split by patient; what cannot be used goes to the quarantine table."""
-    _run_recipe("prepare", context, recipe, overrides)
+    _run_recipe("prepare", context, recipe, overrides, address)
 
 
-@app.command(context_settings=_PASSED_ON)
-def encode(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
+@app.command(context_settings=remote.PASSED_ON)
+def encode(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
     """Corpus -> autoencoder and latents."""
-    _run_recipe("encode", context, recipe, overrides)
+    _run_recipe("encode", context, recipe, overrides, address)
 
 
-@app.command(context_settings=_PASSED_ON)
-def finetune(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
+@app.command(context_settings=remote.PASSED_ON)
+def finetune(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
     """Latents -> generator."""
-    _run_recipe("finetune", context, recipe, overrides)
+    _run_recipe("finetune", context, recipe, overrides, address)
 
 
 @app.command()
@@ -106,31 +113,37 @@ def plan(
         console.result_table(title, columns, rows)
 
 
-@app.command(context_settings=_PASSED_ON)
-def probe(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
+@app.command(context_settings=remote.PASSED_ON)
+def probe(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
     """Corpus -> probe, a small network that reads attributes off images, to check datasets with."""
-    _run_recipe("probe", context, recipe, overrides)
+    _run_recipe("probe", context, recipe, overrides, address)
 
 
-@app.command(context_settings=_PASSED_ON)
-def generate(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
+@app.command(context_settings=remote.PASSED_ON)
+def gate(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
+    """Corpus -> privacy gate, which refuses copies of training scans while images are made."""
+    _run_recipe("gate", context, recipe, overrides, address)
+
+
+@app.command(context_settings=remote.PASSED_ON)
+def generate(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
     """Generator -> synthetic dataset, as Parquet and DICOM shards."""
-    _run_recipe("generate", context, recipe, overrides)
+    _run_recipe("generate", context, recipe, overrides, address)
 
 
-@app.command(context_settings=_PASSED_ON)
-def audit(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None) -> None:
+@app.command(context_settings=remote.PASSED_ON)
+def audit(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
     """Dataset -> audit: copies of training scans, likeness to real ones; the evidence that a release needs."""
-    _run_recipe("audit", context, recipe, overrides)
+    _run_recipe("audit", context, recipe, overrides, address)
 
 
-@app.command(context_settings=_PASSED_ON, add_help_option=False)
+@app.command(context_settings=remote.PASSED_ON, add_help_option=False)
 def demo(context: typer.Context) -> None:
     """Run the whole system on phantoms, with a store of its own: no data, no account. `demo --help` says more."""
     _become_job("demo", context.args)
 
 
-@app.command(context_settings=_PASSED_ON, add_help_option=False)
+@app.command(context_settings=remote.PASSED_ON, add_help_option=False)
 def serve(context: typer.Context) -> None:
     """Serve a generator over HTTP, here. `serve --help` says more."""
     _become("serve.local", context.args)
@@ -313,7 +326,11 @@ def _bytes_of(file: Path, what: str) -> bytes:
 # --- jobs -----------------------------------------------------------------------------------------------------
 
 
-def _run_recipe(job: str, context: typer.Context, recipe: str, overrides: list[str] | None) -> None:
+def _run_recipe(
+    job: str, context: typer.Context, recipe: str, overrides: list[str] | None, address: str | None
+) -> None:
+    if address is not None:
+        remote.send(job, recipe, overrides or [], context.args, address)
     # Read it here first: a typo is then told at once, not after Ray is imported.
     recipe_at(recipe, overrides or ())
     _become_job(job, [recipe, *(f"--set={override}" for override in overrides or ()), *context.args])
@@ -415,7 +432,7 @@ def _examined(store: str | None, cluster: str | None, recipe: str | None) -> lis
     gpus = gpus_needed(recipe_at(recipe)) if recipe else 0.0
     if cluster:
         ray_version = None if find_spec("ray") is None else version("ray")
-        found += examine(cluster, os.environ.get("RAY_AUTH_TOKEN"), ray_version, gpus)
+        found += examine(cluster, auth_token(), ray_version, gpus)
     return found
 
 

@@ -1,21 +1,23 @@
 """What a Ray cluster says of itself to whoever is about to give it work: `scanloom doctor --cluster`.
 
-Asked of its dashboard over HTTP: neither Ray nor its version is needed here. RAY_AUTH_TOKEN is sent where it is set.
+Asked of its dashboard over HTTP: neither Ray nor its version is needed here. The token is sent that Ray's
+own commands would send.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 
 from scanloom.errors import RecipeError
-from scanloom.recipe import Recipe
 
 MOST_SKEW_S = 60.0
 """Between two clocks. S3 refuses signatures from 15 minutes on; leases and tokens expire wrongly before."""
@@ -61,6 +63,23 @@ def examine(
     ]
 
 
+def auth_token(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The token that Ray's own commands would send: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
+
+    That last one not where RAY_AUTH_MODE is `disabled`.
+    """
+    if token := environment.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    named = environment.get("RAY_AUTH_TOKEN_PATH")
+    if named is None and environment.get("RAY_AUTH_MODE") == "disabled":
+        return None
+    file = Path(named) if named else Path(environment.get("HOME", "~")).expanduser() / ".ray" / "auth_token"
+    try:
+        return file.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
 def clock(what: str, date: str | None, now: Callable[[], datetime] | None = None) -> Finding:
     """How far the clock that wrote a `Date` header is from ours."""
     try:
@@ -83,19 +102,6 @@ def store_clock(endpoint: str, now: Callable[[], datetime] | None = None) -> Fin
     except (OSError, ValueError) as error:
         return Finding("store's clock", "unknown", f"{endpoint} does not answer ({type(error).__name__})", usable=False)
     return clock("store's clock", date, now)
-
-
-def gpus_needed(recipe: Recipe) -> float:
-    """GPUs that the most demanding step of a recipe holds at once."""
-    finetune, autoencoder, encode = recipe.finetune, recipe.autoencoder, recipe.encode
-    steps = [
-        finetune.worker_range[0] * finetune.use_gpu,
-        encode.workers * encode.gpus_per_worker,
-        autoencoder.workers * autoencoder.use_gpu if autoencoder.path is None else 0,
-        recipe.generate.engines * recipe.generate.gpus_per_engine if recipe.generate else 0,
-        recipe.audit.copies.workers * recipe.audit.copies.use_gpu,
-    ]
-    return float(max(steps))
 
 
 def _ask(url: str, token: str | None) -> tuple[Mapping[str, Any], str | None]:

@@ -1,24 +1,44 @@
-"""Recipes wherever they lie: in a file of this machine, or as an object in a store."""
+"""Recipes wherever they lie: in a file of this machine, as an object in a store, or sent along inside a command."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Sequence
+from pathlib import Path
 
 from scanloom.errors import RecipeError
-from scanloom.recipe import Recipe, load_recipe, read_recipe
+from scanloom.recipe import Recipe, read_recipe
 from scanloom.store import MissingError, Store
+
+_INLINE = "data:application/yaml;base64,"
 
 
 def recipe_at(place: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe at a path or at `s3://bucket/key`, after its overrides.
+    """The recipe at a path, at `s3://bucket/key` or in a `data:` URI, after its overrides.
 
-    Raises as `load_recipe` does; StoreError where the store does not answer.
+    Raises as `read_recipe` and `content_at` do.
     """
+    return read_recipe(content_at(place), "sent along" if place.startswith(_INLINE) else place, overrides)
+
+
+def content_at(place: str) -> bytes:
+    """The file of a recipe as it is.
+
+    Raises RecipeError where it is not there; StoreError where the store does not answer.
+    """
+    if place.startswith(_INLINE):
+        try:
+            return base64.b64decode(place.removeprefix(_INLINE), validate=True)
+        except binascii.Error as error:
+            raise RecipeError("the recipe that was sent along is damaged (not base64); submit it again") from error
     if not place.startswith("s3://"):
-        return load_recipe(place, overrides)
+        try:
+            return Path(place).read_bytes()
+        except OSError as error:
+            raise RecipeError(f"recipe {place}: cannot be read ({error.strerror}); check the path") from error
     folder, _, name = place.rpartition("/")
     try:
-        content = Store(folder).read(name)
+        return Store(folder).read(name)
     except MissingError as error:
         raise RecipeError(f"recipe {place}: cannot be read (no such object); check the URI") from error
-    return read_recipe(content, place, overrides)
