@@ -15,13 +15,15 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from jobs.cluster import connected, require_room, run_recipe
 from scanloom import console
-from scanloom.artefact import Artefact, find_artefact, open_artefact, publish
+from scanloom.artefact import Artefact, find_artefact, publish
 from scanloom.errors import RecipeError, StoreError
 from scanloom.overview import cohort_report
 from scanloom.progress import Meter, Reporter
 from scanloom.recipe import Generate, Recipe
 from scanloom.sampling.dataset import EngineActor, write_shard
-from scanloom.sampling.plan import PlanSpec, specify
+from scanloom.sampling.gate import UNGATED
+from scanloom.sampling.inputs import Inputs, open_inputs
+from scanloom.sampling.plan import PlanSpec
 from scanloom.sampling.tally import Tally, planned
 from scanloom.shards.commit import ShardCommit, begin, clean_orphans, committed_shards, read_commits
 from scanloom.store import Store
@@ -41,10 +43,8 @@ def generate(recipe: Recipe, engine: type[EngineActor] = EngineActor) -> None:
     section, started = recipe.generate, time.monotonic()
     store = Store(recipe.uri(section.dataset))
     store.require_writable()
-    generator = open_artefact(recipe.generator_uri, "generator")
-    probe = open_artefact(section.quality.probe, "probe") if section.quality.probe else None
-    known, judge = generator.manifest, probe.digest if probe else None
-    spec = specify(section, known.name, generator.digest, known.statistics, judge)
+    inputs = open_inputs(recipe.generator_uri, section.quality)
+    spec = inputs.specify(section)
     begin(store, "dataset", spec.digest)
     present = committed_shards(store)
     before = sum(planned(spec, shard) for shard in present)
@@ -54,14 +54,14 @@ def generate(recipe: Recipe, engine: type[EngineActor] = EngineActor) -> None:
     else:
         meter = Meter(spec.digest, spec.images, section.cost_per_hour, before)
         with Reporter(store, meter):
-            tally = _make(section, spec, generator.uri, store, present, engine, meter)
+            tally = _make(section, spec, inputs, store, present, engine, meter)
             clean_orphans(store, grace_s=0, wanted=tally.keys())  # so that a reader of the folder finds what is named
-            dataset = _publish(recipe, spec, [generator, *([probe] if probe else [])], store, tally)
+            dataset = _publish(recipe, spec, inputs, store, tally)
     _report(dataset, spec.images - before, time.monotonic() - started)
 
 
 def _make(
-    section: Generate, spec: PlanSpec, generator_uri: str, store: Store, present: set[int],
+    section: Generate, spec: PlanSpec, inputs: Inputs, store: Store, present: set[int],
     engine: type[EngineActor], meter: Meter,
 ) -> Tally:  # fmt: skip
     """Make and commit the shards that are not present; the sums over all commits.
@@ -75,7 +75,7 @@ def _make(
         earlier = pool.submit(lambda: [tally.add(commit) for commit in read_commits(store, spec.digest, present)])
         if missing:
             with connected(), progress as advance:
-                for row in program(section, spec, generator_uri, store, missing, engine).iter_rows():
+                for row in program(section, spec, inputs, store, missing, engine).iter_rows():
                     settled = tally.add(ShardCommit.model_validate_json(row["commit"]))
                     done += settled
                     meter.count(done, tally.images, tally.rejects, tally.engine_s)
@@ -90,7 +90,7 @@ def _make(
 
 
 def program(
-    section: Generate, spec: PlanSpec, generator_uri: str, store: Store, missing: list[int], engine: type[EngineActor]
+    section: Generate, spec: PlanSpec, inputs: Inputs, store: Store, missing: list[int], engine: type[EngineActor]
 ) -> ray.data.Dataset:
     """One row a shard: engines make pixels, writers encode, upload and commit them; only a few shards lie between."""
     require_room(
@@ -109,8 +109,8 @@ def program(
     return shards.map(
         actor,
         fn_constructor_args=(
-            spec, generator_uri, "cuda" if section.gpus_per_engine else "cpu", section.cpus_per_engine,
-            section.quality.probe and Store(section.quality.probe).uri,  # absolute, as workers need it
+            spec, inputs.generator.uri, "cuda" if section.gpus_per_engine else "cpu", section.cpus_per_engine,
+            *inputs.uris,
         ),
         num_cpus=section.cpus_per_engine,
         num_gpus=section.gpus_per_engine,
@@ -122,12 +122,13 @@ def program(
     )  # fmt: skip
 
 
-def _publish(recipe: Recipe, spec: PlanSpec, inputs: list[Artefact], store: Store, tally: Tally) -> Artefact:
+def _publish(recipe: Recipe, spec: PlanSpec, inputs: Inputs, store: Store, tally: Tally) -> Artefact:
     return publish(
-        store, kind="dataset", name=spec.dataset, recipe=recipe.model_dump(mode="json"), inputs=inputs,
-        files=tally.files(),
+        store, kind="dataset", name=spec.dataset, recipe=recipe.model_dump(mode="json"),
+        inputs=inputs.artefacts, files=tally.files(),
         statistics={
-            "plan": spec.digest, "spec": spec.model_dump(mode="json"), **tally.statistics(), "gate": "ungated",
+            "plan": spec.digest, "spec": spec.model_dump(mode="json"), "gate": spec.gate or UNGATED,
+            **tally.statistics(),
         },
     )  # fmt: skip
 
@@ -136,7 +137,7 @@ def _report(dataset: Artefact, made: int, seconds: float) -> None:
     statistics = dataset.manifest.statistics
     row = (
         dataset.uri, statistics["rows"], made, f"{made / seconds:.2f}", f"{statistics['images_per_engine_s']:.2f}",
-        statistics["plan"][:12], dataset.digest[:12], statistics["gate"],
+        statistics["plan"][:12], dataset.digest[:12], statistics["gate"][:12],
     )  # fmt: skip
     columns = ("where", "images", "made now", "images/s", "images/engine-s", "plan", "digest", "gate")
     console.result_table(f"generate: {seconds:.0f} s", columns, [row])

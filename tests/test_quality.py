@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from scanloom.attributes import Attributes
-from scanloom.errors import ArtefactError, RecipeError
+from scanloom.errors import ArtefactError
 from scanloom.models.probe_card import Check, Output, ProbeCard
-from scanloom.recipe import Quality, parse_recipe
+from scanloom.recipe import Quality
 from scanloom.sampling.quality import PASSES, REASONS, Agreement, Appearance, Levels, Verdict, levels, verdicts
 from scanloom.scans.phantoms import phantom
 from tests.phantom_corpus import SCHEMA
@@ -176,15 +176,6 @@ def test_outputs_are_named_by_attribute_and_value_in_the_schemas_order() -> None
     names = [output.name for output in CHECKED.outputs]
     assert names[:5] == ["sex=F", "sex=M", "age", "view=PA", "view=AP"]
     assert Output(attribute="findings", value="Nodule").name in names[5:]
-
-
-def test_a_privacy_gate_is_refused_as_long_as_there_is_none() -> None:
-    tree: dict[str, Any] = {
-        "name": "r", "store": "runs/r", "attributes": [SCHEMA.declarations[0].model_dump()],
-        "generate": {"images": 8, "quality": {"gate": "runs/gate"}},
-    }  # fmt: skip
-    with pytest.raises(RecipeError, match=r"generate\.quality\.gate.*no privacy gates; leave it out"):
-        parse_recipe(tree, "r.yaml")
 
 
 def test_every_reason_and_setting_is_documented() -> None:

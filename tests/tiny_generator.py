@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ STATISTICS: dict[str, Any] = {
 }
 
 
-def publish_generator(uri: str, seed: int = 0) -> Artefact:
+def publish_generator(uri: str, seed: int = 0, inputs: Sequence[Artefact] = ()) -> Artefact:
     """A finished generator at `uri` that makes SIZE x SIZE images, different ones for different attributes."""
     latent_shape = (4, SIZE // 2, SIZE // 2)
     config = AttributeUnet(channels=(8, 16), attention_head_dim=8, condition_dim=16)
@@ -71,5 +72,5 @@ def publish_generator(uri: str, seed: int = 0) -> Artefact:
         save_generator(Path(folder), card, denoiser, vae, noise_schedule("v_prediction"), None)
         files = [FileEntry.of(stored) for stored in Store(uri).put_folder(Path(folder))]
     return publish(
-        Store(uri), kind="generator", name="tiny", recipe={}, inputs=[], files=files, statistics=STATISTICS
+        Store(uri), kind="generator", name="tiny", recipe={}, inputs=inputs, files=files, statistics=STATISTICS
     )  # fmt: skip

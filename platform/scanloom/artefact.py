@@ -34,7 +34,7 @@ UNITS = "units"
 """What a corpus remembers of its source."""
 SCHEMA_VERSION = 1
 
-Kind = Literal["corpus", "autoencoder", "latents", "generator", "probe", "dataset", "audit", "release"]
+Kind = Literal["corpus", "autoencoder", "latents", "generator", "probe", "gate", "dataset", "audit", "release"]
 
 
 class _Record(BaseModel):

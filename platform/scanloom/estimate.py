@@ -16,7 +16,8 @@ from scanloom.overview import readable_bytes
 from scanloom.recipe import Generate, Recipe
 from scanloom.sampling.cell import Cell, shown
 from scanloom.sampling.draw import quotas
-from scanloom.sampling.plan import Order, PlanSpec, order
+from scanloom.sampling.inputs import open_inputs
+from scanloom.sampling.plan import Order, PlanSpec
 
 _MOST_SHOWN = 60
 _OF_SPEED = ("generator", "size_px", "solver", "steps", "precision", "compiled", "slots")
@@ -79,10 +80,8 @@ def estimate(recipe: Recipe, rate: float | None = None, like: str | None = None)
     section = recipe.generate
     if section is None:
         raise RecipeError(f"recipe {recipe.name!r} has no section 'generate'; it says what to generate")
-    generator = open_artefact(recipe.generator_uri, "generator")
-    probe = open_artefact(section.quality.probe, "probe").digest if section.quality.probe else None
-    manifest = generator.manifest
-    ordered = order(section, manifest.name, generator.digest, manifest.statistics, probe)
+    inputs = open_inputs(recipe.generator_uri, section.quality)
+    generator, ordered = inputs.generator, inputs.order(section)
     dataset = recipe.uri(section.dataset)
     earlier = open_artefact(like, "dataset") if like else find_artefact(dataset, "dataset")
     per_s, rate_from = (rate, "given by --rate") if rate else _rate(section, ordered.spec, generator, earlier)

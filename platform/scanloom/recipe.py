@@ -23,6 +23,7 @@ from scanloom.recipe_cohort import Cohort as Cohort
 from scanloom.recipe_cohort import MarginalsCohort as MarginalsCohort
 from scanloom.recipe_cohort import TableCohort as TableCohort
 from scanloom.recipe_denoiser import AttributeUnet as AttributeUnet
+from scanloom.recipe_gate import Gate as Gate
 from scanloom.recipe_generate import Dicom as Dicom
 from scanloom.recipe_generate import Generate as Generate
 from scanloom.recipe_generate import Quality as Quality
@@ -58,7 +59,7 @@ RESERVED_COLUMNS = frozenset(
     }
 )  # fmt: skip
 
-_OF_ONE_CORPUS = frozenset({"corpus", "autoencoder", "latents", "generator", "probe"})
+_OF_ONE_CORPUS = frozenset({"corpus", "autoencoder", "latents", "generator", "probe", "gate"})
 
 # YAML 1.1 reads 1e-5 as a string; people write learning rates so.
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -154,6 +155,7 @@ class Recipe(Section):
     encode: Encode = Encode()
     finetune: Finetune = Finetune()
     probe: Probe = Probe()
+    gate: Gate = Gate()
     audit: Audit = Audit()
     generate: Generate | None = None
 

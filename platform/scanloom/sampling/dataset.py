@@ -82,12 +82,11 @@ class EngineActor:
     """
 
     def __init__(
-        self, spec: PlanSpec, generator_uri: str, device: str, threads: int, probe_uri: str | None = None
-    ) -> None:
+        self, spec: PlanSpec, generator_uri: str, device: str, threads: int, probe_uri: str | None = None,
+        gate_uri: str | None = None,
+    ) -> None:  # fmt: skip
         self._spec = spec
-        self._arguments: tuple[Any, ...] = (spec, generator_uri, device, threads)
-        if probe_uri is not None:
-            self._arguments += (probe_uri,)
+        self._arguments: tuple[Any, ...] = (spec, generator_uri, device, threads, probe_uri, gate_uri)
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
         number = int(shard["shard"])

@@ -57,9 +57,11 @@ class PlanSpec(BaseModel):
     size_px: int
     spacing_mm: float
     quality: Quality
-    """Without the place of the probe: where an artefact lies is no part of what is made."""
+    """Without the places of probe and gate: where an artefact lies is no part of what is made."""
     probe: str | None = None
     """Digest of the probe artefact."""
+    gate: str | None = None
+    """Digest of the privacy gate's artefact; None: ungated."""
     order: str | None = None
     """What the rows' column `order` says; None: there is none."""
     image_format: ImageFormat
@@ -72,8 +74,8 @@ class PlanSpec(BaseModel):
 
     @cached_property
     def _digest(self) -> str:
-        # Plans of before there were orders keep their digests.
-        absent = {"order"} if self.order is None else set()
+        # Plans of before there were orders and gates keep their digests.
+        absent = {name for name in ("order", "gate") if getattr(self, name) is None}
         return plan_digest("dataset", self.model_dump(mode="json", exclude=absent))
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -144,19 +146,23 @@ class Order:
 
 
 def specify(
-    section: Generate, name: str, digest: str, statistics: Mapping[str, Any], probe: str | None = None
-) -> PlanSpec:
+    section: Generate, name: str, digest: str, statistics: Mapping[str, Any], probe: str | None = None,
+    gate: str | None = None,
+) -> PlanSpec:  # fmt: skip
     """The plan of a recipe's `generate` section for a generator of this name, digest and manifest statistics.
 
-    `probe`: digest of the probe artefact. What a person should know of the order is logged. Raises as `order` does.
+    `probe`, `gate`: digests of these artefacts. What a person should know of the order is logged. Raises as `order`.
     """
-    ordered = order(section, name, digest, statistics, probe)
+    ordered = order(section, name, digest, statistics, probe, gate)
     for sentence in ordered.told:
         LOG.warning("generate.cohort: %s", sentence)
     return ordered.spec
 
 
-def order(section: Generate, name: str, digest: str, statistics: Mapping[str, Any], probe: str | None = None) -> Order:
+def order(
+    section: Generate, name: str, digest: str, statistics: Mapping[str, Any], probe: str | None = None,
+    gate: str | None = None,
+) -> Order:  # fmt: skip
     """The order of a recipe's `generate` section, as `specify` has it.
 
     Raises RecipeError or ArtefactError for a request that the generator cannot meet, naming its envelope.
@@ -183,8 +189,9 @@ def order(section: Generate, name: str, digest: str, statistics: Mapping[str, An
         cohort=cohort.tables,
         size_px=statistics["size_px"],
         spacing_mm=section.dicom.pixel_spacing_mm or statistics.get("spacing_mm") or FALLBACK_SPACING_MM,
-        quality=section.quality.model_copy(update={"probe": None}),
+        quality=section.quality.model_copy(update={"probe": None, "gate": None}),
         probe=probe,
+        gate=gate,
         dicom=section.dicom,
     )
     if spec.dicom.enabled:

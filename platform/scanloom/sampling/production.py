@@ -23,11 +23,13 @@ from scanloom.artefact import open_artefact
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import Probe, load_probe
 from scanloom.models.generator import load_generator
+from scanloom.models.privacy_gate import PrivacyGate, load_gate
 from scanloom.recipe import Quality
 from scanloom.sampling.dataset import Pixels, rows_from_bytes, stored_row
 from scanloom.sampling.decoding import NotNumbers
 from scanloom.sampling.draw import CELL_PREFIX
 from scanloom.sampling.engine import Engine, ImageRequest, is_batch_invariant
+from scanloom.sampling.gate import Privacy
 from scanloom.sampling.plan import PlanSpec
 from scanloom.sampling.quality import Agreement, Appearance, Judge, Verdict, verdicts
 from scanloom.shards.writer import image_pixels
@@ -54,14 +56,15 @@ class ShardEngine:
     """Makes the pixels of one shard a call. Raises ArtefactError where an artefact is damaged or not the plan's."""
 
     def __init__(
-        self, spec: PlanSpec, generator_uri: str, device: str, threads: int, probe_uri: str | None = None
-    ) -> None:
+        self, spec: PlanSpec, generator_uri: str, device: str, threads: int, probe_uri: str | None = None,
+        gate_uri: str | None = None,
+    ) -> None:  # fmt: skip
         fix_arithmetic(threads)
         generator = load_generator(generator_uri, device, precision=spec.precision, compiled=spec.compiled)
         _require_planned("generator", generator_uri, generator.digest, spec.generator)
         self._spec = spec
         self._engine = Engine(generator, spec.slots, spec.solver)
-        self._judges = judges(spec, probe_uri, device)
+        self._judges = judges(spec, probe_uri, device, gate_uri)
         invariant = is_batch_invariant(generator, spec.slots)
         self._environment = environment(device) | {"batch_invariant": invariant}
 
@@ -85,26 +88,34 @@ class ShardEngine:
         return quantise(made.image, self._spec.bits_stored)
 
 
-def judges(spec: PlanSpec, probe_uri: str | None, device: str) -> list[Judge]:
+def judges(spec: PlanSpec, probe_uri: str | None, device: str, gate_uri: str | None = None) -> list[Judge]:
     """Who decides what enters a dataset, in the order in which they look.
 
-    Raises ArtefactError where the plan's probe is not at `probe_uri`, or reads what the plan does not know.
+    Raises ArtefactError where the plan's probe is not at `probe_uri`, or reads what the plan does not know, and where
+    its gate is not at `gate_uri`.
     """
-    probe = None
+    probe = gate = None
     if spec.probe is not None:
         if probe_uri is None:
             raise ArtefactError(f"the plan of {spec.dataset} is checked by probe {spec.probe[:12]}; say where it lies")
         probe = load_probe(probe_uri, device)
         _require_planned("probe", probe_uri, probe.digest, spec.probe)
         probe.card.require_fits(spec.attributes, probe_uri)
-    return judges_of(spec.quality, spec.bits_stored, probe)
+    if spec.gate is not None:
+        if gate_uri is None:
+            raise ArtefactError(f"the plan of {spec.dataset} is judged by gate {spec.gate[:12]}; say where it lies")
+        gate = load_gate(gate_uri, device)
+        _require_planned("gate", gate_uri, gate.digest, spec.gate)
+    return judges_of(spec.quality, spec.bits_stored, probe, gate)
 
 
-def judges_of(quality: Quality, bits_stored: int, probe: Probe | None) -> list[Judge]:
+def judges_of(quality: Quality, bits_stored: int, probe: Probe | None, gate: PrivacyGate | None = None) -> list[Judge]:
     """Who judges images of so many bits, in the order in which they look."""
     found: list[Judge] = [Appearance(quality, bits_stored)]
     if probe is not None:
         found.append(Agreement(probe.card, lambda pixels: probe.read(pixels, bits_stored)))
+    if gate is not None:
+        found.append(Privacy(gate.card.tau, lambda pixels: gate.likeness(pixels, bits_stored)))
     return found
 
 
@@ -275,8 +286,9 @@ def regenerate(dataset_uri: str, image_id: str, generator_uri: str | None = None
     home = next(entry.uri for entry in dataset.manifest.inputs if entry.role == "generator")
     maker = statistics["environments"][0]
     device = "cuda" if maker["device"] != "cpu" and torch.cuda.is_available() else "cpu"
-    # Nobody judges it a second time, so no probe is needed.
-    engine = ShardEngine(spec.model_copy(update={"probe": None}), generator_uri or home, device, maker["threads"])
+    # Nobody judges it a second time, so neither probe nor gate is needed.
+    unjudged = spec.model_copy(update={"probe": None, "gate": None})
+    engine = ShardEngine(unjudged, generator_uri or home, device, maker["threads"])
     return engine.again(stored), image_pixels(stored)
 
 

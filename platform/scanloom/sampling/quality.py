@@ -1,8 +1,8 @@
 """What an image must be to enter a dataset, judged on the very pixels that would be stored.
 
 A judge looks at images beside what was asked of them. The dataset's own are `Appearance` (blank and saturated images)
-and `Agreement` (a probe reads the attributes); a privacy gate is one more `Judge`. The first judge that objects
-decides the reason; later ones do not look at that image. torch-free, apart from what reads for an `Agreement`.
+and `Agreement` (a probe reads the attributes); a privacy gate is one more, see `sampling.gate`. The first judge that
+objects decides the reason; later ones do not look at that image. torch-free, apart from what reads for an `Agreement`.
 """
 
 from __future__ import annotations

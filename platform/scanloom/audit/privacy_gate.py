@@ -1,0 +1,224 @@
+"""From a corpus and a trained encoder to a privacy gate: the index, the threshold, and what that was found to be worth.
+
+Everything is measured through the very gate that will judge images, on its stored index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from scanloom.artefact import Artefact, FileEntry, open_artefact, plan_digest
+from scanloom.audit.copies import CORRELATION, Found, calibrate, power
+from scanloom.audit.intervals import Estimate, clustered_share
+from scanloom.audit.plants import SLIGHT, STRONG
+from scanloom.errors import ArtefactError
+from scanloom.models.copy_encoder import embedding, kept_views, load_copy_encoder, square_of
+from scanloom.models.privacy_gate import (
+    CARD,
+    ENCODER,
+    INDEX,
+    GateCard,
+    Planted,
+    PrivacyGate,
+    Share,
+    blank_card,
+    index_of,
+)
+from scanloom.recipe import Recipe
+from scanloom.recipe_gate import Gate
+from scanloom.shards.reader import read_parquet
+from scanloom.shards.writer import png_pixels
+from scanloom.store import Store
+from scanloom.training.copy_encoder import levels
+
+_OF_GATES = 1 << 62
+# Where it is trained does not change what comes out; how many workers do.
+_PLACE = {"cpus_per_worker", "use_gpu", "max_failures", "checkpoint_every_steps"}
+_BATCH = 32
+
+
+class GateJob(BaseModel):
+    """What whoever makes a gate is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: Gate
+    name: str
+    seed: int
+    """Of its encoder."""
+    corpus_uri: str
+    gate_uri: str
+    """Where the trained encoder lies, as ENCODER, and the rest is written."""
+    size_px: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, corpus: Artefact) -> Self:
+        """The job of a recipe on a corpus."""
+        settings = recipe.gate
+        return cls(
+            settings=settings, name=recipe.name, seed=gate_seed(recipe.seed), corpus_uri=corpus.uri,
+            gate_uri=recipe.uri("gate"), size_px=min(settings.size_px, corpus.manifest.statistics["size_px"]),
+        )  # fmt: skip
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return levels(self.settings, self.size_px)
+
+
+def gate_seed(seed: int) -> int:
+    """The seed of a recipe's gate: never that of its audit, whose encoder must see what the gate overlooked."""
+    return seed ^ _OF_GATES
+
+
+def plan_gate(recipe: Recipe, corpus: Artefact) -> str:
+    """The digest of what decides a gate."""
+    settings = recipe.gate.model_dump(mode="json", exclude=_PLACE)
+    return plan_digest("gate", corpus.digest, gate_seed(recipe.seed), settings)
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """The train scans of one shard of a corpus, in its order."""
+
+    views_VRD: NDArray[np.float16]
+    """Embeddings of the views of each that an index holds."""
+    patients: list[str]
+    squares_MSS: NDArray[np.float32]
+    """Some of the scans, spread over all, to plant copies of."""
+    places: list[int]
+    """Which of the scans those are."""
+
+
+def index_shard(config: Mapping[str, Any], path: str, squares: int) -> Indexed:
+    """Embed a shard of the train split; `config` is a GateJob as a dict, `path` of the shard within the corpus.
+
+    At most `squares` scans come back as pixels. ArtefactError where the shard is damaged.
+    """
+    job = GateJob.model_validate(config)
+    corpus = open_artefact(job.corpus_uri, "corpus")
+    store, settings = Store(job.gate_uri), job.settings
+    network = load_copy_encoder(store.read(ENCODER), job.channels, settings.width, store.uri_of(ENCODER))
+    embed = embedding(network)
+    table = read_parquet(corpus.store, _entry(corpus, path)).select(["patient", "image"])
+    stride = max(1, math.ceil(len(table) / max(1, squares)))
+    views, kept = [], []
+    # Also of a shard without scans, which has its shape then.
+    for start in range(0, max(1, len(table)), _BATCH):
+        batch = _squares(table.slice(start, _BATCH), job.size_px)
+        views.append(np.stack([embed(view) for view in kept_views(batch)]).astype(np.float16))
+        kept.append(batch[-start % stride :: stride])
+    places = list(range(0, len(table), stride))
+    return Indexed(np.concatenate(views, axis=1), table["patient"].to_pylist(), np.concatenate(kept), places)
+
+
+def make_gate(config: Mapping[str, Any], *shards: Indexed) -> tuple[GateCard, list[FileEntry]]:
+    """Write the gate of a corpus whose train shards are indexed; its card, and the entries of all its files.
+
+    `config` is a GateJob as a dict; the trained encoder lies in the gate's folder already. ArtefactError where the
+    corpus has too few held-out patients to calibrate and to check.
+    """
+    job = GateJob.model_validate(config)
+    corpus, target, settings = open_artefact(job.corpus_uri, "corpus"), Store(job.gate_uri), job.settings
+    views = np.concatenate([shard.views_VRD for shard in shards], axis=1)
+    network = load_copy_encoder(target.read(ENCODER), job.channels, settings.width, target.uri_of(ENCODER))
+    blank = blank_card(job.name, job.size_px, job.channels, settings.width, job.seed, views.shape[1])
+    gate = PrivacyGate(blank, "", network, views)
+    calibration, check = _held_out(corpus, gate, settings.max_scans)
+    threshold = calibrate(calibration.likeness_N, calibration.patients, settings.false_positive_share, CORRELATION)
+    refused = clustered_share(check.likeness_N > threshold.tau, check.patients)
+    patients = [patient for shard in shards for patient in shard.patients]
+    starts = np.cumsum([0, *(len(shard.patients) for shard in shards)])
+    places = [int(start) + place for start, shard in zip(starts, shards, strict=False) for place in shard.places]
+    squares = np.concatenate([shard.squares_MSS for shard in shards])[: settings.planted_scans]
+    plants = (*SLIGHT, *STRONG)
+    planted = power(_Looking(gate), threshold, squares, places[: len(squares)], patients, plants)
+    card = blank.model_copy(update={
+        "tau": threshold.tau, "asked": threshold.asked, "promised": threshold.promised, "at_most": threshold.at_most,
+        "calibration_patients": threshold.patients, "calibration_scans": threshold.scans,
+        "held_out": _told(refused), "held_out_scans": len(check.patients),
+        "power": tuple(
+            Planted(plant=plant.name, strength=plant.strength, refused=_told(one.recall), copies=one.copies)
+            for plant, one in zip(plants, planted, strict=True)
+        ),
+    })  # fmt: skip
+    target.write(INDEX, index_of(views))
+    target.write(CARD, card.model_dump_json(indent=1).encode())
+    return card, [FileEntry.of(target.digest(name)) for name in (ENCODER, INDEX, CARD)]
+
+
+@dataclass(frozen=True)
+class _Looking:
+    """The gate as a detector of copies."""
+
+    gate: PrivacyGate
+    scale = CORRELATION
+
+    def __call__(self, images_NSS: NDArray[np.float32]) -> Found:
+        return Found(*self.gate.nearest(images_NSS))
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """How alike held-out scans are to what the index holds, and whose they are."""
+
+    likeness_N: NDArray[np.float64]
+    patients: list[str]
+
+    def of(self, chosen_N: NDArray[np.bool_]) -> _HeldOut:
+        return _HeldOut(
+            self.likeness_N[chosen_N], [who for who, one in zip(self.patients, chosen_N, strict=True) if one]
+        )
+
+
+def _held_out(corpus: Artefact, gate: PrivacyGate, most: int) -> tuple[_HeldOut, _HeldOut]:
+    """Scans to calibrate with, and of other patients to check on: holdout and validation, or the halves of either."""
+    seen = [one for split in ("holdout", "validation") if (one := _looked_at(corpus, split, gate, most)).patients]
+    if len(seen) == 2:
+        return seen[0], seen[1]
+    if not seen or len(set(seen[0].patients)) < 2:
+        raise ArtefactError(
+            f"{corpus.uri}: has scans of fewer than two held-out patients, so that nothing tells a copy from a chance "
+            "likeness; prepare more scans, or change prepare.split"
+        )
+    order = sorted(set(seen[0].patients), key=lambda patient: hashlib.sha256(patient.encode()).digest())
+    first = set(order[: (len(order) + 1) // 2])
+    chosen = np.array([patient in first for patient in seen[0].patients])
+    return seen[0].of(chosen), seen[0].of(~chosen)
+
+
+def _looked_at(corpus: Artefact, split: str, gate: PrivacyGate, most: int) -> _HeldOut:
+    """The first scans of a split, `most` and the rest of their shard."""
+    likeness: list[NDArray[np.float64]] = []
+    patients: list[str] = []
+    for entry in corpus.files(split):
+        if not entry.path.endswith(".parquet") or len(patients) >= most:
+            continue
+        table = read_parquet(corpus.store, entry).select(["patient", "image"])
+        for start in range(0, len(table), _BATCH):
+            likeness.append(gate.nearest(_squares(table.slice(start, _BATCH), gate.card.size_px))[0])
+        patients += table["patient"].to_pylist()
+    return _HeldOut(np.concatenate(likeness) if likeness else np.zeros(0), patients)
+
+
+def _entry(corpus: Artefact, path: str) -> FileEntry:
+    return next(entry for entry in corpus.manifest.files if entry.path == path)
+
+
+def _squares(scans: pa.Table, size_px: int) -> NDArray[np.float32]:
+    pixels = [png_pixels(row["image"]["bytes"]) for row in scans.to_pylist()]
+    # A corpus uses the whole range of the type.
+    squares = [square_of(one, 8 * one.itemsize, size_px) for one in pixels]
+    return np.stack(squares) if squares else np.zeros((0, size_px, size_px), np.float32)
+
+
+def _told(found: Estimate) -> Share:
+    return Share(value=found.value, low=found.low, high=found.high)

@@ -1,0 +1,166 @@
+"""The privacy gate: what tells, of any image, how alike it is to the nearest scan that a generator learned from.
+
+gate.json             the card: from where on an image counts as a copy, and how well that was found to work
+encoder.safetensors   the copy encoder's weights
+index.safetensors     `views` float16 [V, R, D]: the embeddings of V views of each of all R training scans
+
+As confidential as the corpus: embeddings of scans tell anyone who has somebody's scan whether it is among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import Tensor
+from torch.nn import functional
+
+from scanloom.artefact import Artefact, open_artefact
+from scanloom.errors import ArtefactError
+from scanloom.models.copy_encoder import CopyEncoder, load_copy_encoder, square_of
+from scanloom.shards.reader import read_file
+
+CARD, ENCODER, INDEX = "gate.json", "encoder.safetensors", "index.safetensors"
+LOOK_ROWS = 4
+"""Images of a call of the network: always so many, so that what is seen of one does not depend on the others. A lone
+image costs as much as four; more than four at once are hardly cheaper by the image."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Share(_Record):
+    """A share with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+class Planted(_Record):
+    """How many training scans, changed in one way, the gate refuses."""
+
+    plant: str
+    strength: Literal["slight", "strong"]
+    refused: Share
+    copies: int
+
+
+class GateCard(_Record):
+    """What a gate is and what was measured of it, on scans that neither its encoder nor its threshold saw."""
+
+    format: Literal[1] = 1
+    name: str
+    size_px: int
+    """Side of the squares that it looks at."""
+    channels: tuple[int, ...]
+    width: int
+    seed: int
+    """Of the encoder; another than that of the recipe's audit, which would else be blind where the gate is."""
+    train_scans: int
+    """In the index, all of them."""
+    tau: float
+    """Likeness, a cosine, above which an image is refused."""
+    asked: float
+    """Share of further patients of whom a scan may lie above it."""
+    promised: float
+    """What follows from so many patients; over `asked` where there are too few of them."""
+    at_most: float
+    """95 % bound of that share, over which patients happened to be held out."""
+    calibration_patients: int
+    calibration_scans: int
+    held_out: Share
+    """Of scans of other held-out patients, refused: what the gate costs a generator that copies nobody."""
+    held_out_scans: int
+    power: tuple[Planted, ...]
+
+    @property
+    def lowest_slight(self) -> float:
+        """The smallest share of slight planted copies that is refused, over the ways of planting; 1.0 where none."""
+        return min((one.refused.value for one in self.power if one.strength == "slight"), default=1.0)
+
+
+class PrivacyGate:
+    """A gate on one device."""
+
+    def __init__(
+        self, card: GateCard, digest: str, network: CopyEncoder, views_VRD: NDArray[np.float16], device: str = "cpu"
+    ) -> None:
+        self.card = card
+        self.digest = digest
+        self._device = torch.device(device)
+        self._network = network.eval().requires_grad_(False).to(self._device)
+        self._scans = views_VRD.shape[1]
+        rows = torch.from_numpy(views_VRD).flatten(0, 1).to(self._device, torch.float32)
+        # What rounding to float16 took from a copy's likeness of 1 is thereby back, but for 1e-7.
+        self._index_DR = functional.normalize(rows, dim=1).T.contiguous()
+
+    def likeness(self, pixels_NHW: NDArray[Any], bits_stored: int) -> NDArray[np.float64]:
+        """[N] in [-1, 1]: how alike each image is to the training scan that is nearest to it.
+
+        From unsigned pixels below 2**bits_stored, of any size.
+        """
+        size = self.card.size_px
+        squares = [square_of(pixels, bits_stored, size) for pixels in pixels_NHW]
+        return self.nearest(np.stack(squares) if squares else np.zeros((0, size, size), np.float32))[0]
+
+    @torch.inference_mode()
+    def nearest(self, squares_NSS: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Of squares in [0, 1] of the gate's size the likeness [N] to the nearest scan, and which one [N] that is."""
+        likeness, row = np.zeros(len(squares_NSS)), np.zeros(len(squares_NSS), dtype=np.int64)
+        for start in range(0, len(squares_NSS), LOOK_ROWS):
+            part = torch.from_numpy(squares_NSS[start : start + LOOK_ROWS])[:, None] * 2.0 - 1.0
+            stop = start + len(part)
+            filled = functional.pad(part, (0, 0, 0, 0, 0, 0, 0, LOOK_ROWS - len(part)))
+            vectors: Tensor = self._network(filled.to(self._device))
+            cosine, nearest = (vectors @ self._index_DR).max(1)
+            likeness[start:stop] = cosine[: len(part)].double().cpu().numpy()
+            row[start:stop] = nearest[: len(part)].cpu().numpy()
+        return likeness, row % self._scans
+
+
+def index_of(views_VRD: NDArray[np.float16]) -> bytes:
+    """Embeddings of training scans as INDEX holds them."""
+    return save({"views": views_VRD})
+
+
+def load_gate(uri: str, device: str = "cpu") -> PrivacyGate:
+    """The gate artefact at a URI. Raises ArtefactError where it is missing, damaged or does not fit this code."""
+    artefact = open_artefact(uri, "gate")
+    try:
+        card = GateCard.model_validate_json(_file(artefact, CARD))
+        views: NDArray[np.float16] = load(_file(artefact, INDEX))["views"]
+    except (ValidationError, SafetensorError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtefactError(f"{uri}: a part of the gate cannot be read: {reason[:200]}; make it again") from error
+    if views.ndim != 3 or views.shape[1:] != (card.train_scans, card.width):
+        raise ArtefactError(f"{uri}: its index is not of the {card.train_scans} scans of its card; make it again")
+    network = load_copy_encoder(_file(artefact, ENCODER), card.channels, card.width, artefact.store.uri_of(ENCODER))
+    return PrivacyGate(card, artefact.digest, network, views, device)
+
+
+def blank_card(name: str, size_px: int, channels: Sequence[int], width: int, seed: int, train_scans: int) -> GateCard:
+    """The card of a gate that nothing is known of yet: it lets everything through."""
+    unknown = Share(value=0.0, low=0.0, high=1.0)
+    return GateCard(
+        name=name, size_px=size_px, channels=tuple(channels), width=width, seed=seed, train_scans=train_scans,
+        tau=2.0, asked=1.0, promised=1.0, at_most=1.0, calibration_patients=0, calibration_scans=0,
+        held_out=unknown, held_out_scans=0, power=(),
+    )  # fmt: skip
+
+
+def _file(artefact: Artefact, path: str) -> bytes:
+    entry = next((file for file in artefact.manifest.files if file.path == path), None)
+    if entry is None:
+        raise ArtefactError(f"{artefact.uri}: holds no {path}; make it again")
+    return read_file(artefact.store, entry)
