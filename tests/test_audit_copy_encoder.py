@@ -153,21 +153,27 @@ def test_a_memorising_generator_is_caught_and_an_honest_one_passed(index: Embedd
 
 @pytest.mark.slow
 def test_planted_copies_of_real_scans_are_found_at_one_percent_false_positives(nih_png: Path) -> None:
-    scans = nih_squares(nih_png, 96, seed=0)
+    """Over three splits by patient, since of 170 held-out scans one more or less is over half a percent."""
+    settings, false, checked = CopyDetection(size_px=64, steps=600), 0, 0
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    network = fit(CopyDetection(), tensor(scans.train))
+    for seed in range(3):
+        scans = nih_squares(nih_png, 64, seed)
+        detectors: dict[str, Detector] = {
+            "encoder": Embeddings.of(embedding(fit(settings, tensor(scans.train), seed)), scans.train)
+        }
+        detectors |= {name: peer(scans.train) for name, peer in PEERS.items()}
+        recall = {}
+        for name, detector in detectors.items():
+            likeness = detector(scans.calibration).likeness_N
+            threshold = calibrate(likeness, scans.calibration_patients, 0.01, detector.scale)
+            found = power(detector, threshold, scans.train, range(len(scans.train)), scans.train_patients, SLIGHT)
+            recall[name] = min(one.recall.value for one in found)
+            if name == "encoder":
+                false += int((detector(scans.check).likeness_N > threshold.tau).sum())
+                checked += len(scans.check)
+        assert recall["encoder"] >= 0.98
+        assert all(recall[peer] < 0.5 for peer in PEERS)
     torch.set_num_threads(before)
-    detectors: dict[str, Detector] = {"encoder": Embeddings.of(embedding(network), scans.train)}
-    detectors |= {name: peer(scans.train) for name, peer in PEERS.items()}
-    recall, false, rows = {}, {}, range(len(scans.train))
-    for name, detector in detectors.items():
-        threshold = calibrate(detector(scans.calibration).likeness_N, scans.calibration_patients, 0.01, detector.scale)
-        found = power(detector, threshold, scans.train, rows, scans.train_patients, SLIGHT)
-        recall[name] = min(one.recall.value for one in found)
-        false[name] = clustered_share(detector(scans.check).likeness_N > threshold.tau, scans.check_patients)
-    assert recall["encoder"] >= 0.98
-    # Of so few patients one more or less is a percent: what is seen may not contradict one percent.
-    assert false["encoder"].low <= 0.01
-    assert false["encoder"].value < 0.03
-    assert all(recall[peer] < 0.5 for peer in PEERS)
+    assert checked > 450
+    assert false / checked <= 0.01
