@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from scanloom.models import autoencoder
 from scanloom.models.autoencoder import build_autoencoder
 from scanloom.models.text_condition import TextConditioner
 from scanloom.recipe import Autoencoder, Recipe, parse_recipe
+from scanloom.recipe_train import Canaries
 from scanloom.shards.commit import ShardCommit, begin, committed
 from scanloom.shards.reader import read_parquet
 from scanloom.shards.schemas import prompt_hash
@@ -27,6 +29,7 @@ from scanloom.training.encoding import ShardEncoder
 from scanloom.training.encoding_plan import EncodingJob, finished, plan_encoding, prompt_rows
 from scanloom.training.latents import collect, read_prompts
 from scanloom.training.prompt_encoding import PromptEncoder
+from scanloom.training.views import times_trained
 from tests.phantom_corpus import ATTRIBUTES, SCHEMA, SIZE, publish_corpus
 from tests.tiny_families import write_base
 
@@ -129,6 +132,21 @@ def test_every_view_is_a_row_of_its_own_and_validation_has_the_plain_one(made: P
         assert by_id[row["id"]]["sex"] == by_id[f"{row['id']}-3"]["sex"] == row["sex"]
         np.testing.assert_allclose(np.array(by_id[row["id"]]["mean"]), np.array(row["mean"]), atol=2e-3)
         assert by_id[f"{row['id']}-1"]["mean"] != row["mean"]
+    assert rows(job, "validation")["id"].to_pylist() == rows(plain, "validation")["id"].to_pylist()
+
+
+def test_canaries_are_rows_several_times_and_change_the_plan(made: Path, tmp_path: Path) -> None:
+    canaries = {"share": 0.5, "times": [3, 5]}
+    job, plain = planned(made, tmp_path, encode={"canaries": canaries}), planned(made, tmp_path / "plain")
+    assert job.plan != plain.plan
+    encoded(job)
+    encoded(plain)
+    names = rows(plain, "train")["id"].to_pylist()
+    times = {name: times_trained(Canaries.model_validate(canaries), name) for name in names}
+    assert set(times.values()) == {1, 3, 5}
+    table = rows(job, "train")
+    assert Counter(name.split("x")[0] for name in table["id"].to_pylist()) == times
+    assert table.num_rows == len(set(table["id"].to_pylist()))
     assert rows(job, "validation")["id"].to_pylist() == rows(plain, "validation")["id"].to_pylist()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from scanloom.errors import RecipeError
 from scanloom.recipe import Encode, parse_recipe
-from scanloom.training.views import PLAIN, full_range, look, views
+from scanloom.recipe_train import Canaries
+from scanloom.training.views import PLAIN, full_range, look, times_trained, views
 
 RAMP = np.linspace(-1, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
 
@@ -58,3 +61,12 @@ def test_black_and_white_of_any_depth_are_the_ends_of_the_range(dtype: type[np.u
     scaled = full_range(np.array([[0, np.iinfo(dtype).max]], dtype))
     assert scaled.dtype == np.float32
     assert scaled.tolist() == [[-1.0, 1.0]]
+
+
+def test_canaries_are_chosen_by_their_ids_and_in_equal_parts() -> None:
+    names, canaries = [f"scan-{number}" for number in range(4000)], Canaries(share=0.3, times=(4, 16, 64))
+    found = Counter(times_trained(canaries, name) for name in names)
+    assert found.keys() == {1, 4, 16, 64}
+    assert found[1] == pytest.approx(2800, abs=120)
+    assert all(found[times] == pytest.approx(400, abs=70) for times in (4, 16, 64))
+    assert {times_trained(None, name) for name in names} == {1}

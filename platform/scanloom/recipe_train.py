@@ -46,6 +46,18 @@ class Autoencoder(DataParallel):
         return self
 
 
+class Canaries(Section):
+    """Scans that a trial training sees several times as often: an audit then says how often it takes to be copied.
+
+    For a trial: what is seen often is learned by heart, and such a generator should not be released.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Of the train split's scans, chosen by their ids."""
+    times: Annotated[tuple[Count, ...], Field(min_length=1)] = (4, 16, 64)
+    """How often each of them is there, in turn."""
+
+
 class Encode(Section):
     """Scans and prompts to latents. Each view of a scan is a row of its own; validation has the plain view alone."""
 
@@ -65,6 +77,7 @@ class Encode(Section):
     """Add the mirror image, left to right, of every view."""
     laterality_matters: bool = True
     """Organs lie on one side: only `false` allows flips."""
+    canaries: Canaries | None = None
 
     @model_validator(mode="after")
     def _one_sided(self) -> Self:

@@ -25,7 +25,7 @@ from scanloom.shards.schemas import flattened, latents_schema, prompt_hash
 from scanloom.shards.writer import parquet_bytes, png_pixels
 from scanloom.store import Store
 from scanloom.training.encoding_plan import SPLITS, EncodingJob
-from scanloom.training.views import Distinct, View, full_range, look, views
+from scanloom.training.views import Distinct, View, full_range, look, times_trained, views
 
 
 class ShardEncoder:
@@ -59,23 +59,29 @@ class ShardEncoder:
             scans = read_parquet(self._corpus, files[split])
             images = [image["bytes"] for image in scans["image"].to_pylist()]
             distinct = Distinct.of(images, views(self._job.recipe, split))
-            table = self._table(scans, distinct, shard)
+            table = self._table(scans, distinct, shard, split)
             parts.append(ShardPart(split, split, "parquet", parquet_bytes(table), table.num_rows))
             encoded += len(distinct.pictures)
         rows = sum(part.rows for part in parts)
         commit_shard(self._latents, self._job.plan, shard, parts, rows, {"encoded": encoded})
 
-    def _table(self, scans: pa.Table, distinct: Distinct, shard: int) -> pa.Table:
+    def _table(self, scans: pa.Table, distinct: Distinct, shard: int, split: str) -> pa.Table:
         means, logvars = self._moments(distinct.pictures)
         if not (np.isfinite(means).all() and np.isfinite(logvars).all()):
             raise ArtefactError(
                 f"{self._job.autoencoder_uri}: makes latents of shard {shard} that are no numbers in half precision; "
                 "set encode.precision=fp32, or give another autoencoder"
             )
-        pictures = np.array([picture for _, picture, _ in distinct.rows], np.int64)
+        canaries = self._job.recipe.canaries if split == "train" else None
+        times = [times_trained(canaries, name) for name in scans["id"].to_pylist()]
+        rows = [(*row, time) for row in distinct.rows for time in range(times[row[0]])]
+        pictures = np.array([picture for _, picture, _, _ in rows], np.int64)
         kept = scans.select(["id", *self._job.attributes.names])
-        scans = kept.take(pa.array([scan for scan, _, _ in distinct.rows], pa.int64()))
-        ids = [view.row_id(scan) for scan, (_, _, view) in zip(scans["id"].to_pylist(), distinct.rows, strict=True)]
+        scans = kept.take(pa.array([scan for scan, _, _, _ in rows], pa.int64()))
+        ids = [
+            view.row_id(scan) + (f"x{time}" if time else "")
+            for scan, (_, _, view, time) in zip(scans["id"].to_pylist(), rows, strict=True)
+        ]
         columns = {name: scans[name] for name in self._job.attributes.names} | {"id": pa.array(ids, pa.string())}
         columns |= {"mean": flattened(means[pictures]), "logvar": flattened(logvars[pictures])}
         if self._job.text:

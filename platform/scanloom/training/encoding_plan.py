@@ -80,7 +80,7 @@ def plan_encoding(recipe: Recipe, corpus: Artefact, autoencoder: Artefact) -> En
         require_wording(attributes, text.template)
     plan = plan_digest(
         "latents", corpus.digest, autoencoder.digest, recipe.seed if section.crops else None,
-        section.model_dump(mode="json", exclude=_PLACE),
+        section.model_dump(mode="json", exclude=_PLACE if section.canaries else _PLACE | {"canaries"}),
         text and [text.template.model_dump(mode="json"), text_digest(text.weights)],
     )  # fmt: skip
     return EncodingJob(
