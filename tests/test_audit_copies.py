@@ -20,6 +20,7 @@ from scanloom.audit.copies import (
     copy_rates,
     most_alike,
     power,
+    reproduced,
 )
 from scanloom.audit.plants import SLIGHT, STRONG, Plant, cropped, mirrored, shifted
 from scanloom.models.copy_encoder import KEPT_VIEWS, kept_views
@@ -200,6 +201,18 @@ def test_copies_are_told_from_what_chance_gives() -> None:
     honest = copy_rates(threshold, Found(np.linspace(0, 0.905, 100), np.zeros(100, np.int64)), held_out, owners)
     assert not honest.excess
     assert honest.synthetic.low < 0.01 < honest.synthetic.high
+
+
+def test_scans_are_counted_by_how_often_they_were_trained_on() -> None:
+    train = squares(60)
+    index = Embeddings.of(flat, train)
+    images = np.concatenate([train[:5], mirrored(train[10:12]), squares(20)])
+    times = [64] * 5 + [1] * 5 + [4] * 2 + [1] * 48
+    found = reproduced(index, Threshold(0.9, 0.01, 0.01, 0.02, 100, 100), flat(images), times)
+    assert [(one.times, one.scans, one.copied) for one in found] == [(1, 53, 0), (4, 2, 2), (64, 5, 5)]
+    assert found[0].likeness < 0.5
+    assert found[2].likeness == pytest.approx(1.0)
+    assert index.nearest_images(flat(images[:1])).argmax() == 0
 
 
 def test_the_most_alike_pairs_name_each_scan_once() -> None:

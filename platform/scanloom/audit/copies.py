@@ -99,6 +99,13 @@ class Embeddings:
             likeness[rows] = cosine[np.arange(len(cosine)), row[rows]]
         return Found(likeness, row % self._scans)
 
+    def nearest_images(self, vectors_ND: NDArray[np.float32]) -> Floats:
+        """How alike the image that is most alike to each training scan is to it, [R]; -inf without images."""
+        best = np.full(len(self._index_RD), -math.inf)
+        for rows in _blocks(len(vectors_ND), len(self._index_RD)):
+            best = np.maximum(best, (vectors_ND[rows] @ self._index_RD.T).max(axis=0))
+        return best.reshape(-1, self._scans).max(axis=0)
+
     def among_train(self, patients: Sequence[str]) -> tuple[Floats, Floats]:
         """How alike each training scan is to the nearest other one of its patient, and of other patients, [R] each.
 
@@ -337,6 +344,32 @@ def copy_rates(threshold: Threshold, synthetic: Found, held_out: Found, held_out
         synthetic=share(int(copies.sum()), len(copies)), synthetic_images=len(copies), copies=int(copies.sum()),
         copied_scans=len(np.unique(synthetic.row_N[copies])), held_out=clustered_share(false, held_out_patients),
         held_out_scans=len(false), held_out_copies=int(false.sum()),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """Training scans that a generator saw equally often, and how near its images came to them."""
+
+    times: int
+    scans: int
+    copied: int
+    """Those with an image above the threshold."""
+    likeness: float
+    """To the most similar image, the median over these scans."""
+
+
+def reproduced(
+    detector: Embeddings, threshold: Threshold, vectors_ND: NDArray[np.float32], times_R: Sequence[int]
+) -> tuple[Reproduced, ...]:
+    """What images, by their embeddings, hold of the training scans, by how often each of those was trained on."""
+    nearest_R, often_R = detector.nearest_images(vectors_ND), np.asarray(times_R)
+    return tuple(
+        Reproduced(
+            times, int((often_R == times).sum()), int((nearest_R[often_R == times] > threshold.tau).sum()),
+            float(np.median(nearest_R[often_R == times])),
+        )
+        for times in np.unique(often_R).tolist()
     )  # fmt: skip
 
 

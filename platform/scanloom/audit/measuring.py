@@ -10,14 +10,14 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from scanloom.artefact import Artefact, FileEntry, open_artefact
+from scanloom.artefact import Artefact, FileEntry, find_artefact, open_artefact
 from scanloom.attributes import Attributes, AttributeSchema, Envelope, describe
 from scanloom.audit.appearance import (
     LEVELS,
@@ -40,6 +40,7 @@ from scanloom.audit.copies import (
     copy_rates,
     most_alike,
     power,
+    reproduced,
 )
 from scanloom.audit.fairness import readings
 from scanloom.audit.fidelity import Embedded, fidelity
@@ -51,6 +52,7 @@ from scanloom.audit.report import (
     PRIVATE,
     REPORT,
     Beside,
+    Canaries,
     Contents,
     Copies,
     Interval,
@@ -67,8 +69,10 @@ from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import Probe, load_probe
 from scanloom.models.copy_encoder import EMBED_ROWS, embedding, kept_views, load_copy_encoder
 from scanloom.recipe_audit import Audit
+from scanloom.recipe_train import Canaries as CanariesSection
 from scanloom.sampling.dataset import IMAGES, INFEASIBLE
 from scanloom.store import Store
+from scanloom.training.views import times_trained
 
 ENCODER = "copies/encoder.safetensors"
 PAIRS = f"{PRIVATE}/pairs.png"
@@ -118,6 +122,7 @@ class Seen:
     """Embeddings of training scans as they are and in the other views that they are looked up by; of others V is 1."""
     spectra_NK: NDArray[np.float64]
     levels_NL: NDArray[np.float64]
+    ids: list[str]
     owners: list[str]
     """Patients; of synthetic images their own ids."""
     attributes: list[Attributes]
@@ -149,7 +154,8 @@ class Seen:
         kept = [place in number for place in self.sample]
         return Seen(
             self.views_NVD[chosen], self.spectra_NK[chosen], self.levels_NL[chosen],
-            [self.owners[place] for place in places], [self.attributes[place] for place in places],
+            [self.ids[place] for place in places], [self.owners[place] for place in places],
+            [self.attributes[place] for place in places],
             self.sample_MSS[kept], [number[place] for place in self.sample if place in number],
             self.read_NO[chosen],
         )  # fmt: skip
@@ -162,6 +168,7 @@ def see(
     """At most `most` images of an artefact's folder, spread over all of it; ArtefactError for a damaged shard."""
     kept_every = max(1, math.ceil(spread_count(artefact, folder, most) / sample))
     parts: list[list[Any]] = [[], [], []]
+    ids: list[str] = []
     owners: list[str] = []
     attributes: list[Attributes] = []
     kept: list[NDArray[np.float32]] = []
@@ -177,14 +184,15 @@ def see(
             if len(owners) % kept_every == 0:
                 kept.append(seen)
                 places.append(len(owners))
+            ids.append(row["id"])
             owners.append(row["id"] if folder == IMAGES else row["patient"])
             attributes.append(schema.from_row(row))
     if not owners:
         empty, unread = np.zeros((0, size_px, size_px), np.float32), np.zeros((0, 0), np.float32)
         spectra, levels = np.zeros((0, size_px // 2 - 1)), np.zeros((0, LEVELS))
-        return Seen(embed(empty)[:, None], spectra, levels, [], [], empty, [], unread)
+        return Seen(embed(empty)[:, None], spectra, levels, [], [], [], empty, [], unread)
     views, spectra, levels = (np.concatenate(part) for part in parts)
-    return Seen(views, spectra, levels, owners, attributes, np.stack(kept), places, np.concatenate(told))
+    return Seen(views, spectra, levels, ids, owners, attributes, np.stack(kept), places, np.concatenate(told))
 
 
 def make_audit(config: Mapping[str, Any]) -> Measured:
@@ -220,6 +228,10 @@ def make_audit(config: Mapping[str, Any]) -> Measured:
     )  # fmt: skip
     found, held_out = detector.look_up(images.vectors), detector.look_up(check.vectors)
     copies = _copies(job, detector, threshold, train, calibration, check, images, found, held_out)
+    if canaries := _canaries_of(dataset):
+        times = [times_trained(canaries, name) for name in train.ids]
+        repeated = reproduced(detector, threshold, images.vectors, times)
+        copies = copies.model_copy(update={"canaries": tuple(Canaries(**asdict(one)) for one in repeated)})
     report = Report(
         subject=Subject(
             name=dataset.manifest.name, dataset=dataset.digest, corpus=corpus.digest,
@@ -259,6 +271,14 @@ def write_report(measured: Measured, report: Report, target: Store) -> list[File
 
 def _entry(path: str, data: bytes) -> FileEntry:
     return FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _canaries_of(dataset: Artefact) -> CanariesSection | None:
+    """What a dataset's generator was trained with; None too where it is not there any more."""
+    entry = next((entry for entry in dataset.manifest.inputs if entry.role == "generator"), None)
+    generator = find_artefact(entry.uri, "generator") if entry else None
+    found = generator.manifest.recipe.get("encode", {}).get("canaries") if generator else None
+    return CanariesSection.model_validate(found) if found else None
 
 
 def _held_out(corpus: Artefact, real: Callable[[str], Seen]) -> tuple[Seen, Seen]:

@@ -78,6 +78,18 @@ class Peer(_Record):
     held_out_rate: Interval
 
 
+class Canaries(_Record):
+    """Training scans that the generator saw equally often, and how near its images came to them."""
+
+    times: int
+    """How often each was in the training set; 1: all that were no canaries."""
+    scans: int
+    copied: int
+    """Those with an image above tau."""
+    likeness: float
+    """To the most similar image, the median over these scans."""
+
+
 class Copies(_Record):
     """Copies of training scans: the threshold, its proven power, and what lies above it."""
 
@@ -102,6 +114,8 @@ class Copies(_Record):
     other_patient_found: float | None
     """Share of training scans with one of another patient above tau: copies within the corpus, or too low a tau."""
     peers: tuple[Peer, ...] = ()
+    canaries: tuple[Canaries, ...] = ()
+    """Where the generator was trained with some."""
 
     @property
     def lowest_slight_recall(self) -> float:
