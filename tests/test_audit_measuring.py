@@ -74,6 +74,12 @@ def test_a_probe_adds_what_was_asked_and_what_is_read(folder: Path) -> None:
     everywhere = [one for one in report.fairness if one.cell == "all"]
     assert [one.images for one in everywhere] == [IMAGES] * len(everywhere)
     assert all(one.held_out_truth is not None for one in everywhere)
+    assert {one.cell.partition("=")[0].partition(" ")[0] for one in report.fairness} == {"all", "sex", "age", "view"}
+    assert report.subgroups is not None
+    by_sex = [one for one in report.subgroups if one.cell in ("sex=F", "sex=M")]
+    assert [sum(one.images for one in by_sex), sum(one.held_out_scans for one in by_sex)] == [IMAGES, 24]
+    assert all("kid" in one.figures and one.small for one in by_sex)
+    assert report.gaps is not None
     page = Path(f"{folder}/with/{PAGE}").read_text()
     assert "Does it show what was asked for, in every group?" in page
     without = measured(folder, "without")
@@ -89,7 +95,7 @@ def test_a_part_of_the_images_is_spread_over_all_shards(folder: Path) -> None:
     assert len(everything) == IMAGES
     # Ninety images, at most twenty: every fifth.
     assert part.owners == everything.owners[::5]
-    assert (part.vectors_ND == everything.vectors_ND[::5]).all()
+    assert (part.vectors == everything.vectors[::5]).all()
     assert part.sample == list(range(0, 18, 4))
     assert measured(folder, "part", images=20).subject.looked_at == 18
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -272,6 +272,7 @@ def _chunks(rows: int, width: int) -> Iterator[slice]:
 # --- all of it ------------------------------------------------------------------------------------------------
 
 Figure = Literal["frechet", "kid", "precision", "recall", "density", "coverage"]
+FIGURES: tuple[Figure, ...] = get_args(Figure)
 
 
 @dataclass(frozen=True)
@@ -284,17 +285,21 @@ class Compared:
     """In each of the sets that are compared with the held-out one."""
 
 
-def fidelity(synthetic: Embedded, train: Embedded, held_out: Embedded, seed: int = 0) -> Mapping[Figure, Compared]:
+def fidelity(
+    synthetic: Embedded, train: Embedded, held_out: Embedded, seed: int = 0, figures: Sequence[Figure] = FIGURES
+) -> Mapping[Figure, Compared]:
     """Every figure of synthetic images against held-out patients, beside that of equally many training scans."""
     size = min(len(synthetic), len(train))
     ours, theirs = synthetic.some(size, seed), train.some(size, seed)
     distances: Mapping[Figure, Callable[[Embedded, Embedded], Estimate]] = {"frechet": frechet, "kid": kid}
     told: dict[Figure, Compared] = {
-        name: Compared(of(ours, held_out), of(theirs, held_out), size) for name, of in distances.items()
+        name: Compared(of(ours, held_out), of(theirs, held_out), size)
+        for name, of in distances.items()
+        if name in figures
     }
     mine, real = manifolds(ours, held_out), manifolds(theirs, held_out)
     told["precision"] = Compared(mine.precision, real.precision, size)
     told["recall"] = Compared(mine.recall, real.recall, size)
     told["density"] = Compared(mine.density, real.density, size)
     told["coverage"] = Compared(mine.coverage, real.coverage, size)
-    return told
+    return {name: one for name, one in told.items() if name in figures}

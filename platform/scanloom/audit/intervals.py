@@ -21,6 +21,8 @@ from scanloom.training.calibration import auc as delong
 ALPHA = 0.05
 REPLICATES = 400
 Floats = NDArray[np.float64]
+Groups = Sequence[str] | NDArray[np.int64]
+"""Whose each row is: names, or numbers."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def share(hits: int, trials: int) -> Estimate:
     return Estimate(hits / trials, low, high)
 
 
-def clustered_share(hits_N: NDArray[np.bool_], groups: Sequence[str]) -> Estimate:
+def clustered_share(hits_N: NDArray[np.bool_], groups: Groups) -> Estimate:
     """A share of scans whose patients are independent: exact on the number of scans that they are worth.
 
     That is N / (1 + (m - 1) rho) with the intraclass correlation rho of the hits, by analysis of variance, and the mean
@@ -82,7 +84,7 @@ def _effective(values_N: Floats, group_N: NDArray[np.int64]) -> float:
     return max(float(patients), scans / (1.0 + (float((sizes**2).sum()) / scans - 1.0) * rho))
 
 
-def multiplicities(groups: Sequence[str], replicates: int = REPLICATES, seed: int = 0) -> Floats:
+def multiplicities(groups: Groups, replicates: int = REPLICATES, seed: int = 0) -> Floats:
     """How often each row is in each bootstrap sample of groups, float64 [replicates, N] (Field & Welsh 2007)."""
     _, group_N = np.unique(np.asarray(groups), return_inverse=True)
     count = int(group_N.max()) + 1
@@ -90,7 +92,7 @@ def multiplicities(groups: Sequence[str], replicates: int = REPLICATES, seed: in
     return drawn[:, group_N].astype(np.float64)
 
 
-def mean_over(values_N: NDArray[Any], groups: Sequence[str], seed: int = 0) -> Estimate:
+def mean_over(values_N: NDArray[Any], groups: Groups, seed: int = 0) -> Estimate:
     """The mean of rows with the percentile interval of a bootstrap over groups."""
     values = np.asarray(values_N, dtype=np.float64)
     if len(values) == 0:

@@ -42,8 +42,9 @@ from scanloom.audit.copies import (
     power,
     reproduced,
 )
-from scanloom.audit.fairness import readings
+from scanloom.audit.fairness import Group, gaps, readings, subgroups
 from scanloom.audit.fidelity import Embedded, fidelity
+from scanloom.audit.groups import Grouping
 from scanloom.audit.intervals import Estimate, clustered_share, share
 from scanloom.audit.page import page
 from scanloom.audit.plants import SLIGHT, STRONG
@@ -61,6 +62,7 @@ from scanloom.audit.report import (
     PlantedRecall,
     Reading,
     Report,
+    Subgroup,
     Subject,
 )
 from scanloom.audit.scans import Row, in_batches, pixels_of, shards, spread, spread_count, square
@@ -232,13 +234,16 @@ def make_audit(config: Mapping[str, Any]) -> Measured:
         times = [times_trained(canaries, name) for name in train.ids]
         repeated = reproduced(detector, threshold, images.vectors, times)
         copies = copies.model_copy(update={"canaries": tuple(Canaries(**asdict(one)) for one in repeated)})
+    grouping = Grouping.of(schema, train.attributes, job.settings.fairness.groups)
+    fairness = None if probe is None else _fairness(probe, grouping, images, calibration, check)
+    alike = _subgroups(grouping, images, train, calibration, check)
     report = Report(
         subject=Subject(
             name=dataset.manifest.name, dataset=dataset.digest, corpus=corpus.digest,
             images=dataset.manifest.statistics["rows"], looked_at=len(images),
         ),
         copies=copies, fidelity=_fidelity(images, train, check), appearance=_appearance(images, train, check),
-        fairness=None if probe is None else _fairness(probe, images, calibration, check),
+        fairness=fairness, subgroups=alike, gaps=gaps(grouping, fairness or (), alike),
         contents=_contents(dataset.manifest.statistics, corpus.manifest.statistics, images.attributes),
         probe=None if probe is None else probe.digest,
         seconds=time.monotonic() - started,
@@ -379,10 +384,18 @@ def _appearance(images: Seen, train: Seen, check: Seen) -> dict[str, Beside]:
     return told
 
 
-def _fairness(probe: Probe, images: Seen, calibration: Seen, check: Seen) -> tuple[Reading, ...]:
-    read = np.concatenate([calibration.read_NO, check.read_NO])
+def _fairness(probe: Probe, grouping: Grouping, images: Seen, calibration: Seen, check: Seen) -> tuple[Reading, ...]:
+    held_out = Group(
+        [*calibration.attributes, *check.attributes], [*calibration.owners, *check.owners],
+        np.concatenate([calibration.read_NO, check.read_NO]),
+    )  # fmt: skip
+    return readings(probe.card, grouping, Group(images.attributes, images.owners, images.read_NO), held_out)
+
+
+def _subgroups(grouping: Grouping, images: Seen, train: Seen, calibration: Seen, check: Seen) -> tuple[Subgroup, ...]:
+    held_out = Embedded.of(np.concatenate([calibration.vectors, check.vectors]), [*calibration.owners, *check.owners])
     truth = [*calibration.attributes, *check.attributes]
-    return readings(probe.card, images.read_NO, images.attributes, images.owners, read, truth)
+    return subgroups(grouping, images.embedded, images.attributes, train.embedded, train.attributes, held_out, truth)
 
 
 def _contents(dataset: Mapping[str, Any], corpus: Mapping[str, Any], asked: Sequence[Attributes]) -> Contents:

@@ -10,7 +10,7 @@ Legend of shape suffixes: K seeds, M held-out scans, L labels, R replicates, G c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from scanloom.attributes import Attributes, AttributeSchema
 from scanloom.audit.groups import EVERYONE, LEAST_IMAGES, Grouping, widest_gap, within
 from scanloom.audit.intervals import Estimate, multiplicities, percentile
 from scanloom.audit.report import Gain, Gap, Interval, Usefulness, Utility
-from scanloom.audit.scans import Row, shards, spread, square
+from scanloom.audit.scans import in_batches, shards, spread, square
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models.backbone import Backbone, load_backbone
 from scanloom.models.classifier import DEFAULT, ON_VECTORS
@@ -108,23 +108,12 @@ def _read(
     rows: list[Attributes] = []
     patients: list[str] = []
     for folder in folders:
-        for batch in _batches(spread(artefact, folder, max(1, most // len(folders)))):
+        for batch in in_batches(spread(artefact, folder, max(1, most // len(folders))), _BATCH):
             squares = np.stack([square(row, folder, size_px) for row in batch])
             inputs.append(squares.astype(np.float16) if backbone is None else backbone(squares))
             rows += [schema.from_row(row) for row in batch]
             patients += [str(row["id"] if folder == IMAGES else row["patient"]) for row in batch]
     return _Read(np.concatenate(inputs) if inputs else np.zeros((0, size_px, size_px), np.float16), rows, patients)
-
-
-def _batches(rows: Iterable[Row]) -> Iterable[list[Row]]:
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _asked(settings: UtilityStudy, schema: AttributeSchema) -> list[Output]:
@@ -184,7 +173,8 @@ def utility_of(
     """What all classifiers together show, by arm, label and cell; `groups` are those of `Fairness`.
 
     An interval is that of a bootstrap over held-out patients, with what the seeds differ by added: their mean's t
-    distribution. The same patients are drawn for every arm, so that a gain is compared on the same scans.
+    distribution. It says nothing of what another dataset, or other training scans, would give. The same patients are
+    drawn for every arm, so that a gain is compared on the same scans.
     """
     weights_RM = multiplicities(material.patients, seed=seed)
     grouping = Grouping.of(material.schema, material.attributes, groups)
@@ -214,7 +204,7 @@ def utility_of(
                 ))  # fmt: skip
     figures += _means(material, by_arm, areas)
     for (arm, label, cell_name), area in areas.items():
-        if cell_name == EVERYONE.name and arm != "real":
+        if cell_name == EVERYONE.name and arm != "real" and ("real", label, cell_name) in areas:
             gains.append(Gain(arm=arm, label=label, over_real=_less(area, areas["real", label, cell_name])))
     return Utility(
         classifier=material.classifier, train_scans=len(material.train), synthetic_images=len(material.synthetic),
