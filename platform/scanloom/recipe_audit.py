@@ -55,6 +55,13 @@ class Fidelity(Section):
 
     backbone: str | None = None
     """A given network: a folder in transformers' format, a hub id or a TorchScript file, by path or store URI."""
+    images: Count = 5000
+    """Of the dataset, of the train split and of the held-out splits, at most so many are shown to it."""
+    radiomics: bool = False
+    """The Fréchet Radiomic Distance too; needs the extra `frd`."""
+    radiomics_images: Count = 200
+    """Of each, at most so many; one takes about a second."""
+    use_gpu: bool = False
 
 
 class Fairness(Section):

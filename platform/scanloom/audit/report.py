@@ -256,12 +256,12 @@ class Utility(_Record):
 
 
 class GivenFidelity(_Record):
-    """Fidelity as a given network sees it, beside that of the audit's own encoder."""
+    """Fidelity as a given network or radiomic features see it, beside that of the audit's own encoder."""
 
     backbone: str
     """Name without its place."""
     digest: str
-    """SHA-256 of its files."""
+    """SHA-256 over its files, or over what versions of a library decide."""
     figures: Mapping[str, Beside]
 
 
@@ -304,7 +304,7 @@ class Report(_Record):
     subject: Subject
     copies: Copies | None = None
     fidelity: Mapping[str, Beside] | None = None
-    fidelity_given: GivenFidelity | None = None
+    fidelity_given: tuple[GivenFidelity, ...] = ()
     appearance: Mapping[str, Beside] | None = None
     membership: Membership | None = None
     fairness: tuple[Reading, ...] | None = None
