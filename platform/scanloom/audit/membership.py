@@ -104,7 +104,7 @@ def step_errors(
     timesteps: Sequence[int] = STEP_TIMESTEPS,
     device: torch.device | str = "cpu",
 ) -> NDArray[np.float64]:
-    """The t-error [N, T] of each latent at each timestep, multiples of STRIDE (Duan et al. 2023, SecMI, eq. 10).
+    """The t-error [N, T] of each latent at each timestep, multiples of STRIDE (SecMI: Duan et al. 2023, section 3).
 
     A latent goes up the deterministic trajectory to the timestep (DDIM inversion), from there a step further up and
     back; the error is the mean square of what that step changed.
