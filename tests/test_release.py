@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -18,9 +19,9 @@ from pydicom import dcmread
 from typer.testing import CliRunner
 
 from scanloom.artefact import MANIFEST, Artefact, FileEntry, Manifest, open_artefact, verify
-from scanloom.audit.bundle import SIGNATURE, SUMS, KeyFile, check, fingerprint, read_public_key, seal
+from scanloom.audit.bundle import SIGNATURE, SUMS, Command, KeyFile, check, fingerprint, read_public_key, seal
 from scanloom.audit.policy import read_policy
-from scanloom.audit.release import CARD, STATEMENT, TERMS, Request, release
+from scanloom.audit.release import CARD, ORIGINAL, STATEMENT, TERMS, Request, release
 from scanloom.audit.report import PRIVATE, REPORT, read_report
 from scanloom.cli import app
 from scanloom.errors import ArtefactError, RecipeError, ReleaseRefused
@@ -66,8 +67,9 @@ def test_a_bundle_holds_the_dataset_the_audit_and_who_signed_it(chain: Chain) ->
     made = released(chain)
     assert (made.manifest.kind, list(verify(made))[:0]) == ("release", [])
     inside = open_artefact(f"{made.uri}/dataset", "dataset")
-    assert inside.digest == chain.dataset.digest
     assert list(verify(inside)) == []
+    original = next(entry for entry in inside.manifest.inputs if entry.role == ORIGINAL)
+    assert original.digest == chain.dataset.digest
     assert read_report(made.store.read(f"audit/{REPORT}"), "r").subject.dataset == chain.dataset.digest
     found = check(made.store, KEY.public_key)
     assert (found.problems, found.signed_by, found.key) == ((), fingerprint(KEY.public_key), "given")
@@ -261,6 +263,40 @@ def test_keys_of_other_kinds_are_refused() -> None:
     with pytest.raises(RecipeError, match="no PEM public key"):
         read_public_key(PEM, "key.pem")
     assert read_public_key(PUBLIC_PEM, "key.pem") == KEY.public_key
+
+
+def test_a_program_signs_in_place_of_a_file(chain: Chain, tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_bytes(PEM)
+    made = released(chain)
+    message = b"a message"
+    good = KEY.sign(message)
+    # What key services give: raw bytes, hex, base64, and Vault's transit with its prefix.
+    wrap = "import base64,sys; from cryptography.hazmat.primitives.serialization import load_pem_private_key as load; "
+    sign = f"s = load(open({str(tmp_path / 'key.pem')!r}, 'rb').read(), None).sign(sys.stdin.buffer.read()); "
+    for spelled in ("s", "s.hex().encode()", "base64.b64encode(s)+b'\\n'", "b'vault:v1:'+base64.b64encode(s)+b'\\n'"):
+        program = f"{wrap}{sign}sys.stdout.buffer.write({spelled})"
+        told = Command(f"{sys.executable} -c {shlex.quote(program)}", KEY.public_key)
+        assert told.sign(message) == good
+    (Path(made.uri) / SIGNATURE).unlink()
+    files = [FileEntry.of(made.store.digest(f.key)) for f in made.store.list() if f.key != SUMS]
+    seal(made.store, files, told)
+    assert check(made.store, KEY.public_key).problems == ()
+
+
+@pytest.mark.parametrize(
+    "command, reason",
+    [
+        ("no-such-program-here", "could not be run"),
+        ("false", "ended with exit code 1: nothing"),
+        ("sh -c 'echo no key >&2; exit 3'", "ended with exit code 3: no key"),
+        ("cat", "gave 1 bytes that are no Ed25519 signature by the public key"),
+        ("echo 'unbalanced", "could not be run"),
+    ],
+)
+def test_a_program_that_does_not_sign_is_told_in_one_line(command: str, reason: str) -> None:
+    with pytest.raises(ArtefactError, match=reason) as raised:
+        Command(command, KEY.public_key).sign(b"m")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_typo_in_a_policy_is_named() -> None:

@@ -6,9 +6,13 @@ signature.json   the SHA-256 of SHA256SUMS, signed by Ed25519 (RFC 8032), and th
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import shlex
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -66,6 +70,49 @@ class KeyFile:
         return self.key.sign(message)
 
 
+@dataclass(frozen=True)
+class Command:
+    """A signer that asks a program: whatever a key service, a token or an offline machine is reached by.
+
+    The message is the program's standard input; its standard output is the signature, raw or in hex or base64.
+    """
+
+    command: str
+    """Split as a shell would; no shell runs it."""
+    public_key: bytes
+
+    def sign(self, message: bytes, /) -> bytes:
+        """The signature, checked against the public key. ArtefactError in one line where there is none."""
+        where = f"signing by {self.command!r}"
+        try:
+            done = subprocess.run(
+                shlex.split(self.command), input=message, capture_output=True, timeout=_SIGNING_S, check=False
+            )
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+            raise ArtefactError(f"{where}: could not be run ({error}); run it by hand") from error
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["nothing"]
+            raise ArtefactError(f"{where}: ended with exit code {done.returncode}: {said[0][:200]}; run it by hand")
+        for signature in _spellings(done.stdout):
+            with suppress(InvalidSignature):
+                Ed25519PublicKey.from_public_bytes(self.public_key).verify(signature, message)
+                return signature
+        raise ArtefactError(
+            f"{where}: gave {len(done.stdout)} bytes that are no Ed25519 signature by the public key "
+            f"{fingerprint(self.public_key)[:16]}; check that both are of one key"
+        )
+
+
+def _spellings(output: bytes) -> Iterator[bytes]:
+    """What a program may mean: 64 bytes as they are, or the last word of a line in hex or base64 (`vault:v1:...`)."""
+    yield output
+    word = output.strip().rsplit(b":", 1)[-1]
+    for decode in (bytes.fromhex, lambda text: base64.b64decode(text, validate=True)):
+        with suppress(ValueError):
+            yield decode(word.decode())
+
+
+_SIGNING_S = 120.0
 _MAKE = "openssl genpkey -algorithm ed25519 -out release-key.pem"
 
 

