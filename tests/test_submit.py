@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,15 +218,17 @@ class Site:
         tree = TREE | {"store": self.store, "prepare": {"source": source, "size_px": 64, "workers": 1}}
         self.file.write_text(yaml.safe_dump(tree), encoding="utf-8")
 
-    def start(self, *arguments: str, stdin: int = subprocess.DEVNULL, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, stdin: int = subprocess.DEVNULL, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-c", "import sys; from scanloom.cli import main; sys.exit(main())", *arguments],
-            env=os.environ | self.cluster.environment() | environment, text=True, start_new_session=True,
+            env=os.environ | self.cluster.environment() | dict(environment or {}), text=True, start_new_session=True,
             stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
-        process = self.start(*arguments, **environment)
+        process = self.start(*arguments, environment=environment)
         out, err = process.communicate(timeout=LONGEST_S)
         return process.returncode, out, err
 

@@ -20,11 +20,12 @@ from scanloom import console, remote
 from scanloom.api_key import entry, new_key
 from scanloom.artefact import Artefact, Problem, code_version, open_artefact, verify
 from scanloom.cluster import Finding, auth_token, examine, store_clock
-from scanloom.errors import RecipeError, ScanloomError
+from scanloom.errors import RecipeError
 from scanloom.needs import gpus_needed
 from scanloom.overview import overview, unfinished
 from scanloom.progress import Progress, progress_of_unfinished
 from scanloom.store import Store
+from scanloom.store_rights import try_store
 from scanloom.stored_recipe import recipe_at
 
 app = typer.Typer(
@@ -301,11 +302,10 @@ def doctor(
     rows = [("scanloom", code_version(), ""), ("python", sys.version.split()[0], sys.executable)]
     rows += [_distribution(*need) for need in _NEEDS]
     rows += [_machine(), _gpus(), _jobs(), _pseudonym_key()]
-    trial, usable = _try_store(store)
     findings = _examined(store, cluster, recipe)
-    rows += [trial, *((found.what, found.found, found.note) for found in findings)]
+    rows += [(found.what, found.found, found.note) for found in findings]
     console.result_table("scanloom doctor", ("what", "found", "note"), rows)
-    if not (usable and all(found.usable for found in findings)):
+    if not all(found.usable for found in findings):
         raise typer.Exit(1)
 
 
@@ -428,20 +428,15 @@ def _pseudonym_key() -> tuple[str, str, str]:
 
 def _examined(store: str | None, cluster: str | None, recipe: str | None) -> list[Finding]:
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    found = [store_clock(endpoint)] if endpoint and (store or "").startswith("s3://") else []
+    if store is None:
+        told = endpoint or "AWS_ENDPOINT_URL is not set: AWS itself"
+        found = [Finding("store", "not tried", f"{told}; try one with `scanloom doctor s3://bucket/prefix`")]
+    else:
+        found = try_store(store)
+    if endpoint and (store or "").startswith("s3://"):
+        found.append(store_clock(endpoint))
     gpus = gpus_needed(recipe_at(recipe)) if recipe else 0.0
     if cluster:
         ray_version = None if find_spec("ray") is None else version("ray")
         found += examine(cluster, auth_token(), ray_version, gpus)
     return found
-
-
-def _try_store(uri: str | None) -> tuple[tuple[str, str, str], bool]:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL") or "AWS_ENDPOINT_URL is not set: AWS itself"
-    if uri is None:
-        return ("store", "not tried", f"{endpoint}; try one with `scanloom doctor s3://bucket/prefix`"), True
-    try:
-        Store(uri).require_writable()
-    except ScanloomError as error:
-        return ("store", "unusable", str(error)), False
-    return ("store", "usable", f"{uri} can be read and written"), True
