@@ -8,11 +8,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
+from typer.core import TyperGroup
 
 from scanloom.api import ImagesRequest
+from scanloom.cli import app
 from serve.config import ApiKey
 from tests.k8s_site import ROOT, kubectl, objects
 
@@ -103,6 +107,19 @@ def test_every_job_can_be_chosen_as_the_page_says() -> None:
     [command] = re.findall(r"^kubectl apply -k (\S+) -l (\S+)=prepare$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     labels = {thing["metadata"]["labels"].get(command[1]) for thing in objects(ROOT / command[0])}
     assert {"prepare", "encode", "finetune", "generate"} <= labels
+
+
+def test_the_commands_of_scanloom_take_what_the_page_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
+    root: Any = typer.main.get_command(app)
+    lines = re.findall(r"^scanloom (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {line.split()[0] for line in lines} == {"doctor", "submit", "jobs", "render"}
+    for line in lines:
+        command, words = root, shlex.split(re.split(r" [>|] ", line)[0])
+        while isinstance(command, TyperGroup):
+            command = command.commands[words.pop(0)]
+        # Unknown options would go to the job: the page has those in a sentence, not in its blocks.
+        assert command.make_context(line, words).args == []
 
 
 def test_every_component_has_its_row() -> None:
