@@ -26,6 +26,7 @@ STARTS_S = 90.0
 GCS, DASHBOARD = 6379, 8265
 _OBJECTS_BYTES = 200_000_000
 _RAY = str(Path(sys.executable).with_name("ray"))
+_APART = ("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
 # Of a host's first process: what Ray shares lies in memory of its own, and ends with it.
 _OWN = 'mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && mount -t tmpfs tmpfs /dev/shm && exec "$@"'
 
@@ -42,7 +43,10 @@ def redis_server() -> str | None:
 
 
 def _sh(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError as error:
+        raise Refused(f"no {command[0]} on this machine") from error
     if done.returncode:
         raise Refused(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout
@@ -83,6 +87,7 @@ class Hosts:
 
     def __enter__(self) -> Self:
         try:
+            _sh(*_APART, "mount", "-t", "tmpfs", "tmpfs", "/mnt")
             _sh("ip", "link", "add", self._tag, "type", "bridge")
             _sh("ip", "address", "add", f"{self._net}.1/24", "dev", self._tag)
             _sh("ip", "link", "set", self._tag, "up")
@@ -159,10 +164,9 @@ class Hosts:
     def _start(self, host: Host, *options: str, **environment: str) -> None:
         ray = [_RAY, "start", "--block", "--disable-usage-stats", f"--node-ip-address={host.address}"]
         ray += [f"--object-store-memory={_OBJECTS_BYTES}", *options]
-        apart = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with (self.folder / f"{host.name}.log").open("ab") as log:
             host.first = subprocess.Popen(
-                ["ip", "netns", "exec", host.name, *apart, "bash", "-c", _OWN, "host", *ray],
+                ["ip", "netns", "exec", host.name, *_APART, "bash", "-c", _OWN, "host", *ray],
                 cwd=ROOT, env=self.environment() | environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
 

@@ -11,15 +11,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from ray.job_submission import JobStatus
 from typer.testing import CliRunner
 
+from scanloom import ray_jobs
 from scanloom.artefact import open_artefact
 from scanloom.cli import app
 from scanloom.cluster import auth_token
@@ -193,6 +196,55 @@ def test_the_token_is_found_where_ray_looks_for_it(tmp_path: Path) -> None:
     assert auth_token(named | {"RAY_AUTH_TOKEN": "itself"}) == "itself"
     assert auth_token(home | {"RAY_AUTH_MODE": "disabled"}) is None
     assert auth_token({"HOME": str(tmp_path / "empty")}) is None
+
+
+class CutOff:
+    """A cluster's client whose log comes in pieces, from the beginning after each cut; None: it does not answer."""
+
+    def __init__(self, *logs: list[str] | None) -> None:
+        self._logs = iter(logs)
+        self._silent = False
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        pieces = next(self._logs, None)
+        self._silent = pieces is None
+        for piece in pieces or ():
+            yield piece
+        if pieces is None or pieces[-1] != "end":
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+    def get_job_info(self, name: str) -> SimpleNamespace:
+        if self._silent:
+            raise ConnectionError("Failed to connect to Ray")
+        end = {"driver_exit_code": 0, "end_time": 5000, "message": "", "error_type": None}
+        return SimpleNamespace(status=next(self.statuses), **end)
+
+    statuses: Iterator[JobStatus]
+
+
+def followed(monkeypatch: pytest.MonkeyPatch, client: CutOff, *statuses: JobStatus) -> tuple[JobState | None, str]:
+    client.statuses = iter(statuses)
+    api = ray_jobs.JobsApi("http://head:8265")
+    monkeypatch.setattr(ray_jobs, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(api, "_connected", lambda: client)
+    told: list[str] = []
+    state = api.follow("x", told.append)
+    return state, "".join(told)
+
+
+def test_a_log_that_is_cut_off_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = CutOff(["ab", "cd"], ["a"], None, None, ["abc", "def", "gh"], ["abcdefghi", "end"])
+    running = [JobStatus.RUNNING] * 3
+    state, told = followed(monkeypatch, client, *running, JobStatus.SUCCEEDED)
+    assert told == "abcdefghiend"
+    assert state is not None
+    assert (state.live, state.exit_code, state.ended) == (False, 0, 5.0)
+
+
+def test_a_cluster_that_stays_silent_ends_the_following_and_not_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "LOST_S", 0.0)
+    with pytest.raises(ray_jobs.JobsUnavailable, match="does not answer"):
+        followed(monkeypatch, CutOff(["ab"]), JobStatus.RUNNING)
 
 
 # --- a real cluster -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +53,28 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         pytest.skip(f"no hosts of its own on this machine: {error}")
 
 
+@dataclass
 class OnHosts(Trial):
-    """A trial whose driver runs on the head, as that of a RayJob does."""
+    """A trial with an engine on each host, whose driver runs on the head, as that of a RayJob does."""
 
-    head: Host
-    known: dict[str, str]
+    hosts: Hosts = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tree = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        tree["generate"] |= {"engines": 2}
+        self.recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
 
     def start(self) -> subprocess.Popen[str]:
-        command = self.head.inside(sys.executable, "-m", "tests.free_engine", str(self.recipe))
+        command = self.hosts.head.inside(sys.executable, "-m", "tests.free_engine", str(self.recipe))
         return subprocess.Popen(
-            command, cwd=ROOT, env=self.known, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=ROOT, env=self.hosts.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
 
 def trial(folder: Path, hosts: Hosts) -> OnHosts:
     folder.mkdir()
-    made = OnHosts(folder, str(folder / "store"), {})
-    tree = yaml.safe_load(made.recipe.read_text(encoding="utf-8"))
-    tree["generate"] |= {"engines": 2}
-    made.recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    made.head, made.known = hosts.head, hosts.environment()
-    return made
+    return OnHosts(folder, str(folder / "store"), {}, hosts=hosts)
 
 
 def test_a_lost_host_loses_and_repeats_no_image(hosts: Hosts, tmp_path: Path) -> None:
