@@ -112,6 +112,7 @@ def test_a_missing_mode_is_missed_by_recall_and_coverage_not_by_precision() -> N
     assert found.recall.value < 0.51
     assert found.coverage.value < 0.51
     assert found.precision.value > 0.95
+    assert manifolds(half, Embedded.of(modes[200:])).recall.value == 0.0
     one_point = Embedded.of(1e-3 * RANDOM.standard_normal((200, 4)))
     assert manifolds(one_point, Embedded.of(RANDOM.standard_normal((200, 4)))).recall.value < 0.02
     apart = manifolds(normal(100, mean=50.0), normal(100))

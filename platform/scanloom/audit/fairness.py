@@ -95,15 +95,16 @@ def _reading(
     if not len(wished):
         return None
     true, seen, patients = real
+    share = output.value is not None
     mean: Callable[[Floats, NDArray[np.int64]], Estimate] = (
-        mean_over if output.value is None else lambda values, groups: clustered_share(values > 0, groups)
+        (lambda values, groups: clustered_share(values > 0, groups)) if share else mean_over
     )
     return Reading(
         name=output.name, cell=cell.name, asked=Interval.of(mean(wished, owners)),
         achieved=Interval.of(mean(got, owners)), held_out_truth=float(true.mean()) if len(true) else None,
-        held_out_read=float(seen.mean()) if len(true) else None, excess=_excess(got - wished, owners),
-        held_out_excess=_excess(seen - true, patients) if len(true) else None,
-        share=output.value is not None, images=len(wished), small=len(wished) < LEAST_IMAGES,
+        held_out_read=float(seen.mean()) if len(true) else None, excess=_excess(got - wished, owners, share),
+        held_out_excess=_excess(seen - true, patients, share) if len(true) else None,
+        share=share, images=len(wished), small=len(wished) < LEAST_IMAGES,
     )  # fmt: skip
 
 
@@ -121,14 +122,14 @@ def _composition(cell: Cell, asked: _Told, real: _Told) -> Reading:
     )  # fmt: skip
 
 
-def _excess(difference_N: Floats, owners_N: NDArray[np.int64]) -> Interval:
+def _excess(difference_N: Floats, owners_N: NDArray[np.int64], share: bool = True) -> Interval:
     """Mean of what images differ by, with the interval over groups that a sum of their totals has (Kish 1965)."""
     value = float(difference_N.mean())
     totals = np.bincount(np.unique(owners_N, return_inverse=True)[1], difference_N - value)
     if len(totals) < 2:
         return Interval(value=value, low=None, high=None)
-    # A share of 0 or 1 has a spread too: one image more that differs.
-    spread = max(float((totals**2).sum()), 1.0) * len(totals) / (len(totals) - 1)
+    # Where no image differs another may: the spread that one would make.
+    spread = max(float((totals**2).sum()), float(share)) * len(totals) / (len(totals) - 1)
     half = 1.959964 * math.sqrt(spread) / len(difference_N)
     return Interval(value=value, low=value - half, high=value + half)
 
