@@ -82,6 +82,10 @@ def test_a_finding_that_one_group_does_not_get_shows_in_that_cell() -> None:
     found = readings(of, BY_SEX, group(asked, made), group(real, seen(of, real)))
     assert gap(by(found, "findings=Effusion", "sex=F")) > 0.3
     assert gap(by(found, "findings=Effusion", "sex=M")) == 0.0
+    sure = by(found, "findings=Effusion", "sex=F").sure_gap
+    assert sure is not None
+    assert 0.25 < sure < gap(by(found, "findings=Effusion", "sex=F"))
+    assert by(found, "findings=Effusion", "sex=M").sure_gap == 0.0
     assert gap(by(found, "age")) == 0.0
     assert by(found, "age").asked.value == pytest.approx(54.5, abs=3)
     # It is not read, or the cell is made of it.
@@ -96,6 +100,7 @@ def test_the_probes_own_error_is_stated() -> None:
     assert effusion.held_out_truth is not None
     assert effusion.held_out_read is not None
     assert effusion.held_out_read - effusion.held_out_truth == pytest.approx(gap(effusion), abs=0.05)
+    assert effusion.sure_gap == 0.0
 
 
 def test_small_cells_are_marked_and_unknown_ones_left_out() -> None:

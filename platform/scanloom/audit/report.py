@@ -161,6 +161,22 @@ class Reading(_Record):
         error = abs((self.held_out_read or 0.0) - (self.held_out_truth or 0.0))
         return max(0.0, abs(self.asked.value - self.achieved.value) - error)
 
+    @property
+    def sure_gap(self) -> float | None:
+        """The least that the gap is, beyond chance too: of the many cells some lie apart by chance alone.
+
+        The lower end of how far `excess` lies from `held_out_excess`, by the intervals of both (MOVER: Zou & Donner
+        2008); 0 where they agree, None where it cannot be told.
+        """
+        known = [one for one in (self.excess, self.held_out_excess) if one is not None]
+        if self.excess is None or any(one.value is None or one.low is None for one in known):
+            return None
+        values = [one.value or 0.0 for one in known]
+        # The interval of an excess reaches as far to both sides.
+        half = sum((value - (one.low or 0.0)) ** 2 for value, one in zip(values, known, strict=True)) ** 0.5
+        apart = values[0] - (values[1] if len(values) > 1 else 0.0)
+        return max(0.0, abs(apart) - half)
+
 
 class MembershipAttack(_Record):
     """How well one attack tells scans that the generator learned from from those of held-out patients."""
