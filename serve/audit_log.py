@@ -46,6 +46,8 @@ class Entry:
     """`done`, or the kind of the problem."""
     generator: str | None = None
     generator_digest: str | None = None
+    gate: str | None = None
+    """Digest of the privacy gate that images passed, or `ungated`."""
     seed: int | None = None
     first_index: int | None = None
     count: int | None = None

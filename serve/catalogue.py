@@ -8,12 +8,14 @@ from typing import Any
 
 from scanloom import base
 from scanloom.api import FieldProblem, GeneratorInfo, ProblemKind
-from scanloom.artefact import Artefact, open_artefact, plan_digest
+from scanloom.artefact import Artefact, plan_digest
 from scanloom.attributes import NO_LABEL, Value
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models.card import CARD, GeneratorCard, parse_card
 from scanloom.recipe import CategoryAttribute, LabelsAttribute, NumberAttribute
+from scanloom.sampling.gate import UNGATED
 from scanloom.sampling.image_order import ImageOrder
+from scanloom.sampling.inputs import open_inputs
 from scanloom.section import nearest
 from serve.config import ServedGenerator, Service
 from serve.problem import Refusal, invalid
@@ -37,6 +39,8 @@ class Offer:
     generator_name: str
     """Its own, which its images name as their maker."""
     digest: str
+    gate: str
+    """Digest of the privacy gate that its images pass, or `ungated`."""
     card: GeneratorCard
     model_card: str
     """Markdown; empty where there is none."""
@@ -70,7 +74,7 @@ class Offer:
             height=height,
             attributes=[_told(declaration) for declaration in self.card.attributes.declarations],
             envelope=self.envelope,
-            gate=self.served.gate,
+            gate=self.gate,
             card=self.model_card,
         )
 
@@ -119,16 +123,18 @@ class Offer:
             raise invalid("size_px", f"{self.name} makes images of {most[0]} x {most[1]} px at most")
         return self.card.latent_shape[0], height // factor, width // factor
 
-    def image_digest(self, order: ImageOrder, place: int, digest: str) -> str:
-        """SHA-256 that names image number `place` of an order, made by the generator of this digest.
+    def image_digest(self, order: ImageOrder, place: int, digest: str, gate: str) -> str:
+        """SHA-256 that names image number `place` of an order, made by the generator of this digest behind that gate.
 
         A function of all that was asked: the same request names the same image anywhere. Its first 16 digits are the
         image's id, and its DICOM UIDs are those of a plan of that digest.
         """
         height, width = self.image_size(order)
+        # Ungated images keep the names that they had before there were gates.
+        behind = [] if gate == UNGATED else [gate]
         return plan_digest(
             "image", digest, order.seed, order.first_index + place, order.steps, order.guidance_scale,
-            self.served.solver, [height, width], order.bits_stored, order.attributes,
+            self.served.solver, [height, width], order.bits_stored, order.attributes, *behind,
         )  # fmt: skip
 
     def image_size(self, order: ImageOrder) -> tuple[int, int]:
@@ -157,16 +163,19 @@ class Offer:
 def read_catalogue(service: Service) -> dict[str, Offer]:
     """Every served generator by its name, in the order of the settings.
 
-    Raises ArtefactError for one that is none or is damaged, StoreError where the store does not answer.
+    Raises ArtefactError for one that is none or is damaged, or whose probe or gate is missing or does not fit;
+    StoreError where the store does not answer.
     """
     return {served.name: read_offer(served) for served in service.generators}
 
 
 def read_offer(served: ServedGenerator) -> Offer:
     """What is known of one; raises as `read_catalogue` does."""
-    artefact = open_artefact(served.uri, "generator")
+    inputs = open_inputs(served.uri, served.quality)
+    artefact = inputs.generator
     card = parse_card(artefact.store.read(CARD), served.uri)
-    return Offer(served, artefact.manifest.name, artefact.digest, card, _model_card(artefact))
+    gate = inputs.gate.digest if inputs.gate is not None else UNGATED
+    return Offer(served, artefact.manifest.name, artefact.digest, gate, card, _model_card(artefact))
 
 
 def offered(catalogue: Mapping[str, Offer], name: str | None) -> Offer:

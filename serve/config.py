@@ -27,8 +27,8 @@ class ServedGenerator(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compiled: bool = False
     quality: Quality = Quality()
-    """Images that fail the checks are drawn again, as in datasets; its `probe` is loaded with the generator."""
-    gate: Literal["ungated"] = "ungated"
+    """Images that fail the checks are drawn again, as in datasets; its `probe` and `gate` are loaded with the
+    generator."""
 
 
 class Replicas(Section):

@@ -55,10 +55,10 @@ class Images:
         try:
             made, answer = await while_connected(request, self._answered(caller, offer, order, body, accepted))
         except BaseException as error:
-            self._note(caller, order, offer.digest, _outcome(error))
+            self._note(caller, order, offer, _outcome(error))
             raise
-        self._note(caller, order, made.digest, "done")
-        headers = dict(answer.headers) | _headers(offer, order, made.digest)
+        self._note(caller, order, made, "done")
+        headers = dict(answer.headers) | _headers(offer, order, made)
         return Response(answer.body, 200, headers, answer.media_type)
 
     async def _answered(
@@ -68,9 +68,11 @@ class Images:
             self._parts.measure.asked(order.count)
             made = await self._made(order)
             held.made(order.count)
-            if made.digest != offer.digest:
+            if (made.digest, made.gate) != (offer.digest, offer.gate):
                 # Its images are named by it, its envelope is the former one's.
-                LOG.warning("generator %s was replaced since the gateway started; restart the gateway", offer.name)
+                LOG.warning(
+                    "generator %s or its gate was replaced since the gateway started; restart the gateway", offer.name
+                )
             pictures = Pictures(offer, order, body.dicom, made)
             loop = asyncio.get_running_loop()
             return made, await loop.run_in_executor(self._encoders, encoded, pictures, accepted)
@@ -104,7 +106,7 @@ class Images:
             priority=body.priority,
         )
 
-    def _note(self, caller: Caller, order: ImageOrder, digest: str, outcome: str) -> None:
+    def _note(self, caller: Caller, order: ImageOrder, maker: Offer | MadeImages, outcome: str) -> None:
         entry = Entry(
             request=order.request,
             tenant=caller.tenant,
@@ -112,7 +114,8 @@ class Images:
             action="images",
             outcome=outcome,
             generator=order.generator,
-            generator_digest=digest,
+            generator_digest=maker.digest,
+            gate=maker.gate,
             seed=order.seed,
             first_index=order.first_index,
             count=order.count,
@@ -175,13 +178,13 @@ def _require_within(limits: Limits, body: ImagesRequest, offer: Offer) -> None:
         raise invalid("deadline_s", f"{body.deadline_s:g} is over the {limits.longest_deadline_s:g} s of a request")
 
 
-def _headers(offer: Offer, order: ImageOrder, digest: str) -> dict[str, str]:
+def _headers(offer: Offer, order: ImageOrder, made: MadeImages) -> dict[str, str]:
     """What an answer says beside its images, whatever its format."""
     return {
         "X-Seed": str(order.seed),
         "X-Generator": offer.name,
-        "X-Generator-Digest": digest,
-        "X-Gate": offer.served.gate,
+        "X-Generator-Digest": made.digest,
+        "X-Gate": made.gate,
         "Vary": "Accept",
     }
 

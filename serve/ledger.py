@@ -23,7 +23,7 @@ from scanloom.artefact import MANIFEST, PROGRESS, Artefact, open_artefact
 from scanloom.errors import ArtefactError, RecipeError, ScanloomError
 from scanloom.progress import STALE_S, Progress
 from scanloom.recipe import CellsCohort, MarginalsCohort, Recipe, parse_recipe
-from scanloom.sampling.plan import order as specified
+from scanloom.sampling.inputs import Inputs, open_inputs
 from scanloom.section import nearest
 from scanloom.store import MissingError, Store
 from serve.config import Datasets, ServedGenerator, Service
@@ -247,15 +247,12 @@ class Ledger:
     def _compiled(self, tenant: str, request: DatasetRequest, request_id: str, order_id: str) -> Order:
         """The order with its whole plan, none of which is written yet."""
         served = self._served(request.generator)
-        generator = _opened(served.uri, "generator", served.name)
-        probe = _opened(served.quality.probe, "probe", served.name) if served.quality.probe else None
-        manifest = generator.manifest
-        recipe = self._recipe(tenant, request, request_id, order_id, served, generator)
+        inputs = _opened(served)
+        generator = inputs.generator
+        recipe = self._recipe(tenant, request, request_id, order_id, served, inputs)
         assert recipe.generate is not None
         with self._compiling:
-            ordered = specified(
-                recipe.generate, manifest.name, generator.digest, manifest.statistics, probe.digest if probe else None
-            )
+            ordered = inputs.order(recipe.generate)
         return Order(
             id=order_id,
             tenant=tenant,
@@ -271,12 +268,11 @@ class Ledger:
 
     def _recipe(
         self, tenant: str, request: DatasetRequest, request_id: str, order_id: str, served: ServedGenerator,
-        generator: Artefact,
+        inputs: Inputs,
     ) -> Recipe:  # fmt: skip
         datasets = self._datasets
-        quality = served.quality
-        if quality.probe:
-            quality = quality.model_copy(update={"probe": Store(quality.probe).uri})
+        generator, (probe, gate) = inputs.generator, inputs.uris
+        quality = served.quality.model_copy(update={"probe": probe, "gate": gate})
         section = {
             **request.model_dump(mode="json", exclude=_OF_THE_REQUEST),
             "dataset": DATASET,
@@ -329,12 +325,12 @@ class Ledger:
         raise RecipeError(f"generator {name!r} is not served{nearest(name, [served.name for served in generators])}")
 
 
-def _opened(uri: str, kind: Any, name: str) -> Artefact:
+def _opened(served: ServedGenerator) -> Inputs:
     try:
-        return open_artefact(uri, kind)
+        return open_inputs(served.uri, served.quality)
     except ArtefactError as error:
         # Nothing that the request could mend.
-        raise ScanloomError(f"generator {name} cannot be used now: {error}") from error
+        raise ScanloomError(f"generator {served.name} cannot be used now: {error}") from error
 
 
 def _require_tenant(tenant: str) -> None:

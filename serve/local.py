@@ -1,6 +1,6 @@
 """The generation service on this machine, with a Ray of its own: `scanloom serve`.
 
-python -m serve.local GENERATOR [--datasets STORE]     one generator, s3://bucket/folder or a local folder
+python -m serve.local GENERATOR [--datasets STORE] [--gate URI]     one generator, s3://bucket/folder or a local folder
 python -m serve.local CONFIG.yaml                      a Serve config file, such as serve/scanloom.yaml
 python -m serve.local --demo demo                      the generator that `make demo` made, from the store in its folder
 
@@ -33,7 +33,7 @@ from scanloom.api_key import PATTERN, fingerprint, new_key
 from scanloom.artefact import open_artefact
 from scanloom.embedded_s3 import EmbeddedS3
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.recipe import load_recipe
+from scanloom.recipe import Quality, load_recipe
 from serve.config import Access, ApiKey, Datasets, ServedGenerator, Service, as_arguments
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         return _of_file(options, stated, env_file)
     key, access = _own_key(env_file)
     service = Service(
-        generators=(ServedGenerator(name=options.name or _name(options.place), uri=options.place),),
+        generators=(_served(options),),
         access=access,
         datasets=Datasets(store=options.datasets, jobs_at_once=1) if options.datasets else None,
     )
@@ -145,12 +145,20 @@ def _plan(options: argparse.Namespace) -> Plan:
     return Plan(service, _config(application, service, HTTP | stated), env_file, key)
 
 
+def _served(options: argparse.Namespace) -> ServedGenerator:
+    return ServedGenerator(
+        name=options.name or _name(options.place), uri=options.place, quality=Quality(gate=options.gate)
+    )
+
+
 def _of_file(options: argparse.Namespace, stated: dict[str, Any], env_file: Path) -> Plan:
     from serve.access import is_loopback
     from serve.config_file import read_config
 
-    if options.datasets or options.name:
-        raise RecipeError(f"{options.place}: --datasets and --name are for one generator; set args in the file instead")
+    if options.datasets or options.name or options.gate:
+        raise RecipeError(
+            f"{options.place}: --datasets, --name and --gate are for one generator; set args in the file instead"
+        )
     found = read_config(Path(options.place))
     service, key = found.service, None
     access = service.access
@@ -355,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", help="address to listen on; default: 127.0.0.1, or the file's")
     parser.add_argument("--port", type=int, help="default: 8000, or the file's")
     parser.add_argument("--name", help="by which requests ask for the generator; default: its own")
+    parser.add_argument("--gate", metavar="URI", help="a privacy gate that every image must pass; default: none")
     parser.add_argument("--datasets", metavar="STORE", help="where ordered datasets go, s3://... or a folder")
     parser.add_argument("--env", type=Path, metavar="FILE", help="URL and key for a shell; default: serve-env")
     options = parser.parse_args(argv)

@@ -50,7 +50,8 @@ class Pictures:
 
     def digests(self) -> list[str]:
         """What names each image: see `Offer.image_digest`."""
-        return [self.offer.image_digest(self.order, place, self.made.digest) for place in range(len(self))]
+        made = self.made
+        return [self.offer.image_digest(self.order, place, made.digest, made.gate) for place in range(len(self))]
 
     def ids(self) -> list[str]:
         return [digest[:_ID_DIGITS] for digest in self.digests()]
@@ -80,7 +81,7 @@ def format_of(accept: str | None, count: int, dicom: Dicom) -> str:
 def require_describable(offer: Offer, order: ImageOrder, dicom: Dicom) -> None:
     """Raise Refusal of the field `dicom` where DICOM cannot hold what an order asks for, before its images are made."""
     try:
-        _description(offer, order, dicom, offer.image_digest(order, 0, offer.digest), offer.digest)
+        _description(offer, order, dicom, offer.image_digest(order, 0, offer.digest, offer.gate), offer.digest)
     except ArtefactError as error:
         raise invalid("dicom", str(error)) from error
 
@@ -113,7 +114,7 @@ def _json(pictures: Pictures) -> Encoded:
         seed=order.seed,
         steps=order.steps,
         guidance_scale=order.guidance_scale,
-        gate=pictures.offer.served.gate,
+        gate=made.gate,
         images=images,
     )
     return Encoded(answer.model_dump_json().encode(), JSON)

@@ -9,6 +9,7 @@ import torch
 
 from scanloom.attributes import Attributes
 from scanloom.sampling.engine import Engine
+from scanloom.sampling.gate import UNGATED
 from scanloom.sampling.quality import Judge
 from scanloom.sampling.workbench import Workbench
 from tests.faulty_generator import FaultyGenerator
@@ -75,9 +76,10 @@ class GatedGenerator:
 
 
 def bench_of(
-    generator: GatedGenerator | FaultyGenerator, *, slots: int = 4, judges: Sequence[Judge] = (), attempts: int = 3
-) -> Workbench:
+    generator: GatedGenerator | FaultyGenerator, *, slots: int = 4, judges: Sequence[Judge] = (), attempts: int = 3,
+    gate: str = UNGATED,
+) -> Workbench:  # fmt: skip
     """A workbench around a generator of the tests, without judges unless some are given."""
     # What is finished is decoded at once.
     engine = Engine(generator, slots, eager_below=1000)
-    return Workbench(generator, engine, generator.__class__.__name__, lambda bits: judges, attempts, {})
+    return Workbench(generator, engine, generator.__class__.__name__, lambda bits: judges, attempts, {}, gate)

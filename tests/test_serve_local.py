@@ -27,7 +27,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def options(place: str, folder: Path, **given: Any) -> argparse.Namespace:
-    empty = {"demo": None, "host": None, "port": None, "name": None, "datasets": None, "env": folder / "serve-env"}
+    empty = dict.fromkeys(("demo", "host", "port", "name", "gate", "datasets")) | {"env": folder / "serve-env"}
     return argparse.Namespace(**(empty | {"place": place} | given))
 
 
@@ -122,7 +122,7 @@ def test_keys_of_a_config_file_are_left_as_they_are(generator: str, tmp_path: Pa
 
 def test_options_that_a_config_file_settles_are_refused(generator: str, tmp_path: Path) -> None:
     file = written(tmp_path, config({"generators": [{"name": "tiny", "uri": generator}]}))
-    with pytest.raises(RecipeError, match="--datasets and --name are for one generator"):
+    with pytest.raises(RecipeError, match="--datasets, --name and --gate are for one generator"):
         local._plan(options(file, tmp_path, datasets="served"))
 
 

@@ -86,7 +86,7 @@ class ImagesAnswer(Answer):
     steps: int
     guidance_scale: float
     gate: str
-    """`ungated`: no privacy audit has looked at the generator."""
+    """Digest of the privacy gate that every image passed; `ungated`: nothing looked for copies of training scans."""
     images: Sequence[Image]
 
 
@@ -167,6 +167,7 @@ class DatasetResult(Answer):
     """Of the dataset artefact."""
     rows: int
     gate: str
+    """Digest of the privacy gate that every image passed, or `ungated`."""
     statistics: Mapping[str, Any]
     expires: str
     """UTC, ISO 8601."""
@@ -189,6 +190,7 @@ class GeneratorInfo(Answer):
     envelope: Mapping[str, Any]
     """What it was trained on: values with counts, ranges of numbers; requests outside it are refused."""
     gate: str
+    """Digest of the privacy gate that its images pass, or `ungated`."""
     card: str
     """The model card, Markdown; empty where the generator has none."""
 

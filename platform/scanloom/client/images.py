@@ -48,7 +48,7 @@ class Images:
     seed: int
     first_index: int
     gate: str
-    """`ungated`: no privacy audit has looked at the generator."""
+    """Digest of the privacy gate that every image passed; `ungated`: nothing looked for copies of training scans."""
     format: Format
     files: Sequence[bytes] = field(repr=False)
     """As they came: a PNG or a DICOM file each, or one Parquet file."""

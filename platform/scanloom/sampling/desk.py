@@ -61,7 +61,7 @@ class _Job:
         indices = sorted(self.pixels)
         attempts = [self.refused[index] for index in indices]
         pixels = np.stack([self.pixels[index] for index in indices])
-        return MadeImages(pixels, attempts, bench.digest, dict(self.rejects), bench.environment)
+        return MadeImages(pixels, attempts, bench.digest, dict(self.rejects), bench.environment, bench.gate)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from scanloom.attributes import Attributes
+from scanloom.sampling.gate import UNGATED
 
 Priority = Literal["interactive", "bulk"]
 
@@ -52,3 +53,5 @@ class MadeImages:
     """Draws that were refused, by reason."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """What the pixels depend on in their last bits."""
+    gate: str = UNGATED
+    """Digest of the privacy gate that let them out."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from scanloom.models.attribute_probe import load_probe
 from scanloom.models.generator import Precision, load_generator
+from scanloom.models.privacy_gate import load_gate
 from scanloom.recipe import Quality
 from scanloom.sampling.admission import Pace
 from scanloom.sampling.batch import Denoiser
@@ -18,6 +19,8 @@ from scanloom.sampling.bookings import Capacity
 from scanloom.sampling.dataset import Pixels
 from scanloom.sampling.decoding import FinishedImage
 from scanloom.sampling.engine import GPU_DECODE_ROWS, Engine, ImageRequest
+from scanloom.sampling.gate import UNGATED
+from scanloom.sampling.inputs import open_inputs
 from scanloom.sampling.production import environment, fix_arithmetic, judges_of, quantise
 from scanloom.sampling.quality import Judge, Verdict, verdicts
 from scanloom.sampling.solvers import SolverName
@@ -40,6 +43,8 @@ class Workbench:
     attempts: int
     """At one image, at most."""
     environment: Mapping[str, Any]
+    gate: str = UNGATED
+    """Digest of the privacy gate among the judges."""
 
     def look(self, finished: Sequence[FinishedImage], bits_stored: int) -> list[tuple[Pixels, Verdict]]:
         """Of images of one size the pixels [H, W] that are handed out, and what the judges say of them."""
@@ -78,7 +83,7 @@ def open_workbench(
     device: str = "cpu",
     threads: int = 1,
 ) -> Workbench:
-    """The generator at a URI, and the probe that `quality` names, loaded.
+    """The generator at a URI, and probe and gate that `quality` names, loaded.
 
     `rows` of a call of the denoiser: None is CPU_ROWS on a CPU, on a GPU the slots. Where they are those of a dataset's
     engine, so are the images' bits.
@@ -87,10 +92,12 @@ def open_workbench(
     """
     fix_arithmetic(threads)
     quality = quality or Quality()
+    inputs = open_inputs(uri, quality)
     generator = load_generator(uri, device, precision=precision, compiled=compiled)
     probe = load_probe(quality.probe, device) if quality.probe is not None else None
     if probe is not None:
         probe.card.require_fits(generator.schema, str(quality.probe))
+    gate = load_gate(inputs.gate.uri, device) if inputs.gate is not None else None
     on_cpu = device == "cpu"
     engine = Engine(
         generator,
@@ -103,5 +110,6 @@ def open_workbench(
     )
     told = environment(device) | {"rows": engine.rows}
     return Workbench(
-        generator, engine, generator.digest, lambda bits: judges_of(quality, bits, probe), quality.attempts, told
-    )
+        generator, engine, generator.digest, lambda bits: judges_of(quality, bits, probe, gate), quality.attempts, told,
+        gate.digest if gate is not None else UNGATED,
+    )  # fmt: skip
