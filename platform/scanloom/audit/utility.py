@@ -161,10 +161,42 @@ def _shown(output: Output, rows: Sequence[Attributes]) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class _Area:
-    """The AUC of one arm, label and cell: over the seeds, and in resampled patients."""
+    """The AUC of one arm, label and cell, or its mean over labels."""
 
-    estimate: Estimate
-    replicates_R: Floats
+    by_seed_K: Floats
+    by_patients_R: Floats
+    """Mean over the seeds, in resampled patients."""
+    fewest: int
+    """Patients of the rarer kind."""
+    seed: int
+
+    @property
+    def value(self) -> float:
+        return float(self.by_seed_K.mean())
+
+    @property
+    def replicates(self) -> Floats:
+        """With what the seeds differ by."""
+        seeds = len(self.by_seed_K)
+        if seeds == 1:
+            return self.by_patients_R
+        # Of few seeds little is known of how far they spread: Student's distribution, not the normal one.
+        random = np.random.default_rng(self.seed)
+        drawn = students_t.rvs(seeds - 1, size=len(self.by_patients_R), random_state=random)
+        spread: Floats = self.by_patients_R + drawn * self.by_seed_K.std(ddof=1) / math.sqrt(seeds)
+        return spread
+
+    @property
+    def estimate(self) -> Estimate:
+        """Within 0 to 1; of a perfect separation at least as wide as for that many successes of as many patients."""
+        replicates = self.replicates
+        known = replicates[~np.isnan(replicates)]
+        if math.isnan(self.value) or not len(known):
+            return Estimate(self.value, 0.0, 1.0)
+        found, bound = percentile(self.value, known), 0.025 ** (1.0 / max(1, self.fewest))
+        low = min(found.low, bound) if self.value == 1.0 else found.low
+        high = max(found.high, 1.0 - bound) if self.value == 0.0 else found.high
+        return Estimate(self.value, max(0.0, low), min(1.0, high))
 
 
 def utility_of(
@@ -221,28 +253,11 @@ def _stacked(scores: Sequence[Scores], arm: Arm) -> Floats:
 
 def _area(read_KM: Floats, has_M: NDArray[np.bool_], weights_RM: Floats, fewest: int, seed: int) -> _Area:
     if not has_M.any() or has_M.all():
-        return _Area(Estimate(math.nan, 0.0, 1.0), np.full(len(weights_RM), math.nan))
+        return _Area(np.full(len(read_KM), math.nan), np.full(len(weights_RM), math.nan), fewest, seed)
     plain = np.ones((1, len(has_M)))
-    each_K = np.array([weighted_auc(read_M, has_M, plain)[0] for read_M in read_KM])
-    replicates_R = np.mean([weighted_auc(read_M, has_M, weights_RM) for read_M in read_KM], axis=0)
-    if len(each_K) > 1:
-        # What seeds differ by is known of few of them: Student's distribution, not the normal one.
-        drawn = students_t.rvs(len(each_K) - 1, size=len(replicates_R), random_state=np.random.default_rng(seed))
-        replicates_R = replicates_R + drawn * each_K.std(ddof=1) / math.sqrt(len(each_K))
-    return _Area(_interval(float(each_K.mean()), replicates_R, fewest), replicates_R)
-
-
-def _interval(value: float, replicates_R: Floats, fewest: int) -> Estimate:
-    """Within 0 to 1; of a perfect separation at least as wide as for that many successes of as many patients."""
-    known = replicates_R[~np.isnan(replicates_R)]
-    found = percentile(value, known) if len(known) else Estimate(value, 0.0, 1.0)
-    low, high = max(0.0, found.low), min(1.0, found.high)
-    bound = 0.025 ** (1.0 / max(1, fewest))
-    if value == 1.0:
-        low = min(low, bound)
-    if value == 0.0:
-        high = max(high, 1.0 - bound)
-    return Estimate(value, low, high)
+    by_seed_K = np.array([weighted_auc(read_M, has_M, plain)[0] for read_M in read_KM])
+    by_patients_R = np.mean([weighted_auc(read_M, has_M, weights_RM) for read_M in read_KM], axis=0)
+    return _Area(by_seed_K, by_patients_R, fewest, seed)
 
 
 def weighted_auc(read_M: Floats, has_M: NDArray[np.bool_], weights_RM: Floats) -> Floats:
@@ -272,12 +287,14 @@ def _means(
     found = []
     for arm, read_KML in by_arm.items():
         parts = [areas[arm, label, EVERYONE.name] for label in material.labels]
-        replicates_R = np.mean([one.replicates_R for one in parts], axis=0)
-        value = float(np.mean([one.estimate.value for one in parts]))
-        areas[arm, MEAN, EVERYONE.name] = _Area(_interval(value, replicates_R, len(material.patients)), replicates_R)
+        mean = _Area(
+            np.mean([one.by_seed_K for one in parts], axis=0), np.mean([one.by_patients_R for one in parts], axis=0),
+            min(one.fewest for one in parts), parts[0].seed,
+        )  # fmt: skip
+        areas[arm, MEAN, EVERYONE.name] = mean
         wanted = material.held_out.wanted_NL
         found.append(Usefulness(
-            arm=arm, label=MEAN, cell=EVERYONE.name, auc=Interval.of(areas[arm, MEAN, EVERYONE.name].estimate),
+            arm=arm, label=MEAN, cell=EVERYONE.name, auc=Interval.of(mean.estimate),
             scans=int((~np.isnan(wanted)).any(axis=1).sum()), positives=int((wanted == 1).any(axis=1).sum()),
             seeds=len(read_KML), small=False,
         ))  # fmt: skip
@@ -285,9 +302,9 @@ def _means(
 
 
 def _less(area: _Area, other: _Area) -> Interval:
-    gained_R = area.replicates_R - other.replicates_R
+    gained_R = area.replicates - other.replicates
     known = gained_R[~np.isnan(gained_R)]
-    value = area.estimate.value - other.estimate.value
+    value = area.value - other.value
     if not len(known) or math.isnan(value):
         return Interval(value=None, low=None, high=None)
     return Interval.of(percentile(value, known))
