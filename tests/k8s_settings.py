@@ -11,12 +11,13 @@ from pathlib import Path
 from unittest import mock
 
 import jobs.cluster
+from scanloom.audit.policy import read_policy
 from scanloom.errors import RecipeError, ScanloomError
 from scanloom.needs import Need, need
 from scanloom.recipe import Recipe, read_recipe
 from serve.config_file import ServeFile, read_config
 from tests.k8s_rules import entrypoint
-from tests.k8s_site import GPU, Pod, RayCluster, Site
+from tests.k8s_site import GPU, Object, Pod, RayCluster, Site
 
 RECIPE = "/etc/scanloom/recipe.yaml"
 
@@ -138,6 +139,27 @@ def recipes(site: Site) -> Iterator[str]:
         if not recipe.store.startswith("s3://"):
             yield f"{at}: store {recipe.store} is a folder that each pod has its own of"
         yield from (f"{at}: {fault}" for fault in lacking(needed, cluster.workers or [cluster.head]))
+        if name == "release":
+            yield from (f"{at}: {fault}" for fault in _signing(arguments, held, cluster.head))
+
+
+def _signing(arguments: list[str], held: Object, head: Pod) -> Iterator[str]:
+    """The policy is one, what is signed goes into a store, and the key is where a Secret is mounted."""
+    given = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+    place = Path(given["--policy"])
+    if place.parent == Path(RECIPE).parent:
+        try:
+            read_policy(held["data"][place.name].encode(), place.name)
+        except (KeyError, RecipeError) as error:
+            yield f"--policy {place}: {error}"
+    elif not given["--policy"].startswith("s3://"):
+        yield f"--policy {place} is mounted nowhere"
+    secret = {volume["name"] for volume in head.spec["volumes"] if "secret" in volume}
+    mounts = head.containers[0]["volumeMounts"]
+    if str(Path(given["--key"]).parent) not in {m["mountPath"] for m in mounts if m["name"] in secret}:
+        yield f"--key {given['--key']} is of no mounted Secret"
+    if not given["--to"].startswith("s3://"):
+        yield f"--to {given['--to']} is a folder that each pod has its own of"
 
 
 class _Parsed(ScanloomError):
@@ -159,7 +181,8 @@ def parsed(job: str, arguments: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
         module = importlib.import_module(f"jobs.{job}")
     except ModuleNotFoundError as error:
         raise ValueError(f"no job {job}") from error
-    with mock.patch.object(jobs.cluster, "recipe_at", take), mock.patch("sys.stderr"):
+    reads = module if hasattr(module, "recipe_at") else jobs.cluster
+    with mock.patch.object(reads, "recipe_at", take), mock.patch("sys.stderr"):
         try:
             if hasattr(module, "main"):
                 module.main(list(arguments))

@@ -173,5 +173,7 @@ def cluster_spec(thing: Object) -> Object:
 def site(name: str, versions: tuple[str, ...]) -> Site:
     """An overlay with its jobs; not to be changed."""
     folder = OVERLAYS / name
-    made = {"scanloom-tls", "scanloom-redis"} | ({"scanloom-api-keys"} if name == "dev-cpu" else set())
+    made = {"scanloom-tls", "scanloom-redis"} | (
+        {"scanloom-api-keys", "scanloom-release"} if name == "dev-cpu" else set()
+    )
     return Site(name, [*objects(folder), *objects(folder / "jobs")], versions, frozenset(made))

@@ -59,7 +59,7 @@ def test_what_is_for_1_7_alone_is_refused_by_1_6() -> None:
     [
         "base",
         "components/kueue/queues",
-        *(f"jobs/{name}" for name in ("prepare", "encode", "finetune", "generate", "audit")),
+        *(f"jobs/{name}" for name in ("prepare", "encode", "finetune", "gate", "generate", "audit", "release")),
     ],
 )
 def test_parts_render_by_themselves(folder: str) -> None:

@@ -23,6 +23,7 @@ REMOVED: Any = object()
 SERVICE, CLUSTER = "RayService scanloom", "spec.rayClusterConfig"
 HEAD, ENGINES = f"{CLUSTER}.headGroupSpec", f"{CLUSTER}.workerGroupSpecs.0"
 JOB, JOB_CLUSTER = "RayJob scanloom-generate", "spec.rayClusterSpec"
+RELEASE = "RayJob scanloom-release"
 POD = "template.spec"
 CONFIG = (SERVICE, "spec.serveConfigV2")
 RECIPE = ("ConfigMap scanloom-recipe", "data.recipe~yaml")
@@ -162,7 +163,7 @@ FAULTS: Sequence[Mutant] = (
     Mutant(*CONFIG, replaced("serve.app:app", "serve.app:application"), "expected serve.app:app"),
     Mutant(*CONFIG, replaced("port: 8000", "port: 8001"), "where nothing reaches it"),
     Mutant(*CONFIG, replaced("  port: 8000", "  host: 127.0.0.1\n  port: 8000"), "nothing reaches it"),
-    Mutant(*CONFIG, replaced("request_timeout_s: 330", "request_timeout_s: 60"), "cuts requests off"),
+    Mutant(*CONFIG, replaced("request_timeout_s: 330", "request_timeout_s: 60"), "cuts off requests"),
     Mutant(*CONFIG, replaced("most: 4", "most: 9"), "9 GPUs are needed, 4 are there"),
     Mutant(*CONFIG, replaced("cpus: 4\n        gpus", "cpus: 16\n        gpus"), "no pod has 16 CPUs"),
     Mutant(*CONFIG, replaced("{batch: 0.01}", "{spot: 1}"), "which no group has"),
@@ -177,6 +178,10 @@ FAULTS: Sequence[Mutant] = (
     Mutant(JOB, "spec.entrypoint", "python -m jobs.generate /etc/recipe.yaml", "no recipe at /etc/recipe.yaml"),
     Mutant(JOB, "spec.entrypoint", f"{COMMAND} --set generate.imges=5", "unknown key 'imges'"),
     Mutant(JOB, "metadata.labels.scanloom~io/job", "encode", "label scanloom.io/job"),
+    Mutant(RELEASE, "spec.entrypoint", replaced("/policy.yaml", "/polycy.yaml"), "--policy /etc/scanloom/polycy.yaml"),
+    Mutant(RELEASE, "spec.entrypoint", replaced("scanloom-release/", "keys/"), "is of no mounted Secret"),
+    Mutant(RELEASE, "spec.entrypoint", replaced("s3://", "/"), "--to /your-bucket/released is a folder"),
+    Mutant(RECIPE[0], "data.policy~yaml", replaced("most_kid", "most_kit"), "did you mean 'most_kid'"),
     Mutant(JOB, f"{JOB_CLUSTER}.workerGroupSpecs.1", REMOVED, "4 GPUs are needed, 0 are there"),
     Mutant(*RECIPE, replaced("use_gpu: true", "use_gpus: true"), "use_gpus"),
     Mutant(*RECIPE, replaced("workers: [1, 2]", "workers: [8, 8]"), "8 GPUs are needed"),

