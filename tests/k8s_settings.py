@@ -140,26 +140,29 @@ def recipes(site: Site) -> Iterator[str]:
             yield f"{at}: store {recipe.store} is a folder that each pod has its own of"
         yield from (f"{at}: {fault}" for fault in lacking(needed, cluster.workers or [cluster.head]))
         if name == "release":
-            yield from (f"{at}: {fault}" for fault in _signing(arguments, held, cluster.head))
+            yield from (f"{at}: {fault}" for fault in _signing(recipe, arguments, held, cluster.head))
 
 
-def _signing(arguments: list[str], held: Object, head: Pod) -> Iterator[str]:
-    """The policy is one, what is signed goes into a store, and the key is where a Secret is mounted."""
-    given = dict(zip(arguments[1::2], arguments[2::2], strict=True))
-    place = Path(given["--policy"])
+def _signing(recipe: Recipe, arguments: list[str], held: Object, head: Pod) -> Iterator[str]:
+    """The policy is one and says all licences, what is signed goes into a store, the key is where a Secret is."""
+    told = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+    place = Path(told["--policy"])
     if place.parent == Path(RECIPE).parent:
         try:
-            read_policy(held["data"][place.name].encode(), place.name)
+            policy = read_policy(held["data"][place.name].encode(), place.name)
+            given = {name for name in (recipe.name, recipe.autoencoder.path, recipe.finetune.start_from) if name}
+            for name in sorted(given - {licence.of for licence in policy.licences}):
+                yield f"--policy {place}: says no licence of {name}"
         except (KeyError, RecipeError) as error:
             yield f"--policy {place}: {error}"
-    elif not given["--policy"].startswith("s3://"):
+    elif not told["--policy"].startswith("s3://"):
         yield f"--policy {place} is mounted nowhere"
     secret = {volume["name"] for volume in head.spec["volumes"] if "secret" in volume}
     mounts = head.containers[0]["volumeMounts"]
-    if str(Path(given["--key"]).parent) not in {m["mountPath"] for m in mounts if m["name"] in secret}:
-        yield f"--key {given['--key']} is of no mounted Secret"
-    if not given["--to"].startswith("s3://"):
-        yield f"--to {given['--to']} is a folder that each pod has its own of"
+    if str(Path(told["--key"]).parent) not in {m["mountPath"] for m in mounts if m["name"] in secret}:
+        yield f"--key {told['--key']} is of no mounted Secret"
+    if not told["--to"].startswith("s3://"):
+        yield f"--to {told['--to']} is a folder that each pod has its own of"
 
 
 class _Parsed(ScanloomError):

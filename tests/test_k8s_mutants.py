@@ -181,6 +181,7 @@ FAULTS: Sequence[Mutant] = (
     Mutant(RELEASE, "spec.entrypoint", replaced("/policy.yaml", "/polycy.yaml"), "--policy /etc/scanloom/polycy.yaml"),
     Mutant(RELEASE, "spec.entrypoint", replaced("scanloom-release/", "keys/"), "is of no mounted Secret"),
     Mutant(RELEASE, "spec.entrypoint", replaced("s3://", "/"), "--to /your-bucket/released is a folder"),
+    Mutant(RECIPE[0], "data.policy~yaml", replaced("of: nih-cxr", "of: nih"), "says no licence of nih-cxr"),
     Mutant(RECIPE[0], "data.policy~yaml", replaced("most_kid", "most_kit"), "did you mean 'most_kid'"),
     Mutant(JOB, f"{JOB_CLUSTER}.workerGroupSpecs.1", REMOVED, "4 GPUs are needed, 0 are there"),
     Mutant(*RECIPE, replaced("use_gpu: true", "use_gpus: true"), "use_gpus"),
