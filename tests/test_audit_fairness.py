@@ -100,7 +100,21 @@ def test_the_probes_own_error_is_stated() -> None:
     assert effusion.held_out_truth is not None
     assert effusion.held_out_read is not None
     assert effusion.held_out_read - effusion.held_out_truth == pytest.approx(gap(effusion), abs=0.05)
+    assert effusion.gap is not None
+    assert effusion.gap < 0.05
     assert effusion.sure_gap == 0.0
+
+
+def test_a_probe_that_errs_the_other_way_hides_no_gap() -> None:
+    interval = Interval(value=0.0, low=0.0, high=0.0)
+    one = Reading(
+        name="sex=F", cell=ALL, asked=interval.model_copy(update={"value": 0.5}),
+        achieved=interval.model_copy(update={"value": 0.3}), held_out_truth=0.5, held_out_read=0.7, share=True,
+        images=1000, small=False, excess=Interval(value=-0.2, low=-0.23, high=-0.17),
+        held_out_excess=Interval(value=0.2, low=0.16, high=0.24),
+    )  # fmt: skip
+    assert one.gap == pytest.approx(0.4)
+    assert one.sure_gap == pytest.approx(0.35)
 
 
 def test_small_cells_are_marked_and_unknown_ones_left_out() -> None:

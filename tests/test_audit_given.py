@@ -21,6 +21,7 @@ from scanloom.models.backbone import load_backbone
 from scanloom.recipe_audit import Fidelity, UtilityStudy
 from scanloom.scans.phantoms import phantom
 from scanloom.shards.writer import png_bytes
+from scanloom.store import Store
 from scanloom.training.utility import lessons, train_and_score
 from tests.phantom_corpus import publish_corpus
 from tests.released import generator
@@ -121,6 +122,18 @@ def test_what_is_no_network_is_refused_by_name(vit: Path, tmp_path: Path) -> Non
         load_backbone(scripted(tmp_path / "flat.pt", Flat()))(squares(2))
     with pytest.raises(ArtefactError, match=r"broken\.pt: gives vectors that are no numbers"):
         load_backbone(scripted(tmp_path / "broken.pt", Broken()))(squares(2))
+
+
+@pytest.mark.s3
+def test_a_network_in_a_store_is_the_same_as_on_a_disk(store_uri: str, vit: Path, tmp_path: Path) -> None:
+    scripted(tmp_path / "grid.pt", Grid())
+    Store(store_uri).put_folder(tmp_path)
+    Store(store_uri).put_folder(vit, "vit")
+    images = squares(2)
+    for name, local in (("grid.pt", tmp_path / "grid.pt"), ("vit", vit)):
+        there, here = load_backbone(f"{store_uri}/{name}"), load_backbone(str(local))
+        assert (there.digest, there.size_px) == (here.digest, here.size_px)
+        assert (there(images) == here(images)).all()
 
 
 # --- in an audit ----------------------------------------------------------------------------------------------

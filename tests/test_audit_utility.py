@@ -85,6 +85,7 @@ def test_synthetic_images_as_good_as_real_ones_are_worth_as_much(material: Mater
         assert value > 0.75
         assert low > 0.65
     gain = next(one.over_real for one in found.gains if (one.arm, one.label) == ("synthetic", LABELS[0]))
+    assert all(one.share is not None for one in found.gains)
     value, low, high = told(gain)
     assert abs(value) < 0.06
     assert low < 0.02
@@ -138,6 +139,27 @@ def test_a_group_that_is_read_worse_shows_as_the_worst_of_a_gap(material: Materi
     assert told(figure(found, "synthetic", cell="sex=F").auc)[0] < 0.65
     assert not figure(found, "synthetic", cell="sex=F").small
     assert not [one for one in found.gaps if one.of != "sex"]
+
+
+def test_what_real_scans_may_not_teach_has_no_share(material: Material) -> None:
+    truth, random = np.nan_to_num(material.held_out.wanted_NL, nan=0.5), np.random.default_rng(3)
+
+    def shares(real: float, made: float) -> list[Interval | None]:
+        # Signal in deviations of the noise.
+        signals = {"real": real, "synthetic": made}
+        scores = [
+            Scores(arm, seed, (signals[arm] * truth + random.standard_normal(truth.shape)).astype(np.float32), 0.0)
+            for arm in ARMS[:2]
+            for seed in range(5)
+        ]
+        return [one.share for one in utility_of(material, scores, [], 10).gains if one.label == "mean of labels"]
+
+    assert shares(0.0, 0.0) == [None]
+    (half,) = shares(2.0, 0.6)
+    assert half is not None
+    # (Phi(0.6 / sqrt 2) - 0.5) / (Phi(2 / sqrt 2) - 0.5)
+    assert told(half)[1] < 0.390 < told(half)[2]
+    assert told(half)[2] < 0.7
 
 
 def test_weighted_areas_are_those_of_repeated_rows() -> None:

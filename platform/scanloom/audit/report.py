@@ -156,11 +156,11 @@ class Reading(_Record):
 
     @property
     def gap(self) -> float | None:
-        """Between what was asked and what is read, beyond the probe's own error; None where it cannot be told."""
+        """What is read less what was asked, away from what is read of real scans less what is true; None: not known."""
         if self.asked.value is None or self.achieved.value is None:
             return None
-        error = abs((self.held_out_read or 0.0) - (self.held_out_truth or 0.0))
-        return max(0.0, abs(self.asked.value - self.achieved.value) - error)
+        error = (self.held_out_read or 0.0) - (self.held_out_truth or 0.0)
+        return abs(self.achieved.value - self.asked.value - error)
 
     @property
     def sure_gap(self) -> float | None:
@@ -253,6 +253,8 @@ class Gain(_Record):
     label: str
     over_real: Interval
     """AUC less that of classifiers that learned from real scans alone."""
+    share: Interval | None = None
+    """Of what real scans teach beyond guessing, (AUC - 0.5) / (their AUC - 0.5); None where they may teach nothing."""
 
 
 class Utility(_Record):

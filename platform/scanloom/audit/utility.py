@@ -215,7 +215,7 @@ def utility_of(
     figures: list[Usefulness] = []
     gains: list[Gain] = []
     areas: dict[tuple[Arm, str, str], _Area] = {}
-    by_arm = {arm: _stacked(scores, arm) for arm in ARMS if any(one.arm == arm for one in scores)}
+    by_arm: dict[Arm, Floats] = {arm: _stacked(scores, arm) for arm in ARMS if any(one.arm == arm for one in scores)}
     for cell in cells:
         inside_M = within(cell, codes)
         for label, wanted_M in zip(material.labels, material.held_out.wanted_NL.T, strict=True):
@@ -237,7 +237,8 @@ def utility_of(
     figures += _means(material, by_arm, areas)
     for (arm, label, cell_name), area in areas.items():
         if cell_name == EVERYONE.name and arm != "real" and ("real", label, cell_name) in areas:
-            gains.append(Gain(arm=arm, label=label, over_real=_less(area, areas["real", label, cell_name])))
+            real = areas["real", label, cell_name]
+            gains.append(Gain(arm=arm, label=label, over_real=_less(area, real), share=_share(area, real)))
     return Utility(
         classifier=material.classifier, train_scans=len(material.train), synthetic_images=len(material.synthetic),
         figures=tuple(figures), held_out_scans=len(material.held_out), held_out_patients=len(set(material.patients)),
@@ -308,6 +309,16 @@ def _less(area: _Area, other: _Area) -> Interval:
     if not len(known) or math.isnan(value):
         return Interval(value=None, low=None, high=None)
     return Interval.of(percentile(value, known))
+
+
+def _share(area: _Area, other: _Area) -> Interval | None:
+    """Of what another teaches beyond guessing; None where its interval holds guessing, or either is not known."""
+    if math.isnan(area.value) or math.isnan(other.value) or other.estimate.low <= 0.5:
+        return None
+    # A replicate in which the other teaches next to nothing would make the share as large as one likes.
+    shares_R = (area.replicates - 0.5) / np.maximum(other.replicates - 0.5, other.estimate.low - 0.5)
+    known = shares_R[~np.isnan(shares_R)]
+    return Interval.of(percentile((area.value - 0.5) / (other.value - 0.5), known)) if len(known) else None
 
 
 def _gaps(figures: Sequence[Usefulness], grouping: Grouping) -> tuple[Gap, ...]:
