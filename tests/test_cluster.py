@@ -19,6 +19,7 @@ from scanloom.cli import app
 from scanloom.cluster import Finding, examine, store_clock
 from scanloom.errors import RecipeError
 from scanloom.needs import gpus_needed
+from scanloom.ray_jobs import JobsApi, JobsUnavailable
 from scanloom.recipe import load_recipe
 
 NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @contextmanager
 def dashboard(
-    *, version: str = "2.60.0", ahead_s: float = 0, gpus: float = 2, text: str | None = None
+    *, version: str = "2.60.0", ahead_s: float = 0, gpus: float = 2, text: str | None = None, elsewhere: str = ""
 ) -> Iterator[str]:
     """Address of one that wants TOKEN; its clock stands at NOW and so many seconds."""
     node: dict[str, Any] = {"state": "ALIVE", "resources_total": {"CPU": 8.0, "GPU": gpus}}
@@ -42,7 +43,11 @@ def dashboard(
         def do_GET(self) -> None:
             allowed = self.headers["Authorization"] == f"Bearer {TOKEN}"
             content = (text or json.dumps(answers.get(self.path.split("?")[0], {}))).encode() if allowed else b"{}"
-            self.send_response(200 if allowed else 401)
+            if elsewhere:
+                self.send_response(302)
+                self.send_header("Location", elsewhere + self.path)
+            else:
+                self.send_response(200 if allowed else 401)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -117,6 +122,18 @@ def test_what_is_no_dashboard_is_told() -> None:
     assert "URLError" in finding.note
     with pytest.raises(RecipeError, match="expected the dashboard's address"):
         looked_at("ray://somewhere:10001")
+
+
+def test_a_token_goes_to_no_other_address() -> None:
+    with dashboard() as other, dashboard(elsewhere=other) as address:
+        [finding] = looked_at(address).values()
+    assert finding.found == "refuses"  # by the other one, which was not told the token
+
+
+@pytest.mark.parametrize("text", ["<html>", "{}", "[]"])
+def test_an_address_that_is_no_dashboard_is_no_jobs_api(text: str) -> None:
+    with dashboard(text=text) as address, pytest.raises(JobsUnavailable, match="does not answer"):
+        JobsApi(address, TOKEN).jobs()
 
 
 def test_the_command_says_so_and_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,8 +103,9 @@ def test_the_recipe_goes_along_as_it_is_and_a_changed_one_is_another_job() -> No
 
 
 def test_what_no_cluster_could_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="longer than 47"):
-        rendered("generate", str(RECIPE), "--name", "x" * 48)
+    for option, told in (("--name", "x" * 48), ("--name", "Foo_Bar"), ("--namespace", "a\nb: c"), ("--queue", "-x")):
+        with pytest.raises(RecipeError, match=f"{option} .*at most 47"):
+            rendered("generate", str(RECIPE), f"{option}={told}")
     local = tmp_path / "r.yaml"
     local.write_text(RECIPE.read_text().replace("s3://your-bucket/nih-cxr", "/data"))
     with pytest.raises(RecipeError, match="each pod has its own"):

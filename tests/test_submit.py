@@ -30,7 +30,7 @@ from scanloom.errors import RecipeError
 from scanloom.ray_jobs import Job, JobState
 from scanloom.remote import exit_code, said
 from scanloom.store import Store
-from scanloom.stored_recipe import recipe_at
+from scanloom.stored_recipe import content_at, recipe_at
 from scanloom.submission import LARGEST_RECIPE, Submission, send
 from tests.remote_cluster import ROOT, RemoteCluster
 
@@ -110,14 +110,51 @@ def test_what_no_other_machine_could_run_or_should_see_is_not_sent(tmp_path: Pat
         Submission.of("generat", recipe(tmp_path))
     with pytest.raises(RecipeError, match="store runs is a folder beside whoever runs the job"):
         Submission.of("generate", recipe(tmp_path, store="runs"))
-    source = {"kind": "dicomweb", "uri": "https://me:secret@pacs.example.com/dicom-web"}
-    with pytest.raises(RecipeError, match="holds a URI with a password") as told:
-        Submission.of("prepare", recipe(tmp_path, prepare={"source": source, "size_px": 64}))
-    assert "secret" not in str(told.value)
-    large = tmp_path / "recipe.yaml"
-    large.write_text(large.read_text().replace("me:secret@", "") + "#" * LARGEST_RECIPE)
+    large = tmp_path / "large.yaml"
+    large.write_text(Path(recipe(tmp_path)).read_text() + "#" * LARGEST_RECIPE)
     with pytest.raises(RecipeError, match="put it into the store and name it there"):
         Submission.of("prepare", str(large))
+
+
+PACS = {"source": {"kind": "dicomweb", "uri": "https://me:hunter2@pacs.example.com/dicom-web"}, "size_px": 64}
+SECRETS: tuple[tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]], ...] = (
+    ({"prepare": PACS}, (), ()),
+    ({"store": "s3://AKIA:hun/ter2@bucket/x"}, (), ()),
+    ({"store": "s3://bucket/x?secret_key=hunter2"}, (), ()),
+    ({}, ("store=s3://AKIA:hunter2@bucket/x",), ()),
+    ({}, (), ("--sign-with", "curl -H 'X-Vault-Token: hunter2' https://vault")),
+    ({}, (), ("--to", "s3://AKIA:hunter2@bucket/x")),
+    ({}, (), ("--api-key=hunter2",)),
+)
+
+
+@pytest.mark.parametrize("changes, overrides, options", SECRETS)
+def test_a_secret_is_not_sent(
+    tmp_path: Path, changes: dict[str, Any], overrides: tuple[str, ...], options: tuple[str, ...]
+) -> None:
+    with pytest.raises(RecipeError, match="would keep in its logs") as told:
+        Submission.of("generate", recipe(tmp_path, **changes), overrides, options)
+    assert "hunter2" not in str(told.value)
+
+
+def test_a_release_takes_its_policy_along_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = recipe(tmp_path)
+    (tmp_path / "policy.yaml").write_text("name: hospital\ntarget: research\n", encoding="utf-8")
+    there = ["--key", "/etc/scanloom-release/key.pem", "--to", "s3://out/a"]
+    sent = Submission.of("release", place, [], ["--policy=policy.yaml", *there])
+    assert sent.options[0] == "--policy"
+    assert content_at(sent.options[1]) == (tmp_path / "policy.yaml").read_bytes()
+    assert sent.options[2:] == tuple(there)
+    assert sent.makes == "s3://out/a"
+    with pytest.raises(RecipeError, match="keys are not sent"):
+        Submission.of("release", place, [], ["--policy", "s3://b/policy.yaml", "--key", "key.pem"])
+    cluster = FakeCluster()
+    send(sent, cluster)
+    other = ["--policy", "s3://b/policy.yaml", *there[:3]]
+    send(Submission.of("release", place, [], [*other, "s3://out/b"]), cluster)
+    with pytest.raises(RecipeError, match="s3://out/a is being made by"):
+        send(Submission.of("release", place, [], [*other, "s3://out/a"]), cluster)
 
 
 @pytest.mark.s3

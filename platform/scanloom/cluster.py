@@ -105,7 +105,10 @@ def store_clock(endpoint: str, now: Callable[[], datetime] | None = None) -> Fin
 
 
 def _ask(url: str, token: str | None) -> tuple[Mapping[str, Any], str | None]:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    request = urllib.request.Request(url)
+    if token:
+        # Not for whom the answer may send us to.
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
         return json.loads(answer.read()), answer.headers["Date"]
 

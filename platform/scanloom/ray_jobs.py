@@ -189,7 +189,7 @@ class JobsApi:
             own = ray.get_runtime_context().gcs_address if ray.is_initialized() else None
             try:
                 self._client = _Client(self._address or own, headers=self._headers)
-            except _FAILED as error:
+            except (*_FAILED, KeyError, TypeError) as error:  # the last two of an answer that is no dashboard's
                 raise self._lost(error) from error
         return self._client
 

@@ -14,6 +14,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from scanloom.artefact import code_version
@@ -28,7 +29,13 @@ JOBS = ("prepare", "encode", "finetune", "probe", "gate", "generate", "audit", "
 """What can be sent; each is `python -m jobs.NAME RECIPE`."""
 LARGEST_RECIPE = 64 << 10
 """Bytes of a recipe inside a command; Linux allows 128 KiB for one argument."""
-_PASSWORD = re.compile(r"://[^/\s@]+:[^/\s@]+@")
+# User and password before a host, also where the password holds a slash; a secret as a parameter of a URI.
+_IN_A_URI = re.compile(
+    r"""://[^\s@"',}]*:[^\s@"',}]*@|[?&][\w-]*(secret|token|passw|signature|credential)[\w-]*=""", re.I
+)
+_IN_AN_OPTION = re.compile(r"(secret|token|passw|api[-_]?key|authorization|credential)[\w-]*[\s\"']*[:=]\s*\S", re.I)
+_OF_THE_CLUSTER = ("--key", "--public-key")
+"""Options of `release` that name a file where the job runs: a key never travels."""
 _NAME = re.compile(r"[^a-z0-9]+")
 
 
@@ -58,8 +65,10 @@ class Submission:
                 f"recipe {place}: store {recipe.store} is a folder beside whoever runs the job; name a bucket, "
                 "s3://bucket/prefix, or the absolute path of a folder that all machines of the cluster share"
             )
-        sent = place if place.startswith("s3://") else _inline(place)
-        return cls(job, recipe, sent, tuple(overrides), tuple(options))
+        content = content_at(place)
+        _refuse_secrets(place, content.decode(errors="replace"), recipe.model_dump_json(), overrides, options)
+        sent = place if place.startswith("s3://") else inline(place, content)
+        return cls(job, recipe, sent, tuple(overrides), _travelling(options) if job == "release" else tuple(options))
 
     @property
     def entrypoint(self) -> str:
@@ -79,6 +88,8 @@ class Submission:
         """URI of the artefact that it makes."""
         recipe = self.recipe
         dataset = recipe.uri(recipe.generate.dataset) if recipe.generate else recipe.uri("dataset")
+        if self.job == "release" and (to := _value_of("--to", self.options)):
+            return to
         made = {"prepare": "corpus", "encode": "latents", "finetune": "generator"}
         of_dataset = {"generate": "", "audit": "-audit", "release": "-release"}
         return dataset + of_dataset[self.job] if self.job in of_dataset else recipe.uri(made.get(self.job, self.job))
@@ -125,16 +136,43 @@ def _attempt(name: str, of: str) -> int:
     return int(number) if head == of and number.isdigit() else 0
 
 
-def _inline(place: str) -> str:
-    content = content_at(place)
+def inline(place: str, content: bytes) -> str:
+    """A file as a `data:` URI. Raises RecipeError where it is too large for that."""
     if len(content) > LARGEST_RECIPE:
         raise RecipeError(
             f"recipe {place}: {len(content)} bytes are too many for a command, which takes {LARGEST_RECIPE}; "
             "put it into the store and name it there, s3://bucket/recipe.yaml"
         )
-    if _PASSWORD.search(content.decode(errors="replace")):
-        raise RecipeError(
-            f"recipe {place}: holds a URI with a password, which the cluster would keep in its logs; "
-            "take it out: credentials come from the cluster's environment"
-        )
     return f"data:application/yaml;base64,{base64.b64encode(content).decode()}"
+
+
+def _refuse_secrets(place: str, text: str, resolved: str, overrides: Sequence[str], options: Sequence[str]) -> None:
+    for what, found in (("recipe", text), ("recipe", resolved), *(("--set", override) for override in overrides)):
+        if _IN_A_URI.search(found):
+            raise RecipeError(
+                f"{what} of {place}: holds a URI with a password, which the cluster would keep in its logs; "
+                "take it out: credentials come from the cluster's environment"
+            )
+    if any(_IN_A_URI.search(word) or _IN_AN_OPTION.search(word) for word in options):
+        raise RecipeError(
+            "an option for the job holds a secret, which the cluster would keep in its logs; let the job read it from "
+            "a file or from the environment there"
+        )
+
+
+def _travelling(options: Sequence[str]) -> tuple[str, ...]:
+    """Options of `release` as another machine can follow them: the policy goes along, keys are the cluster's."""
+    words = [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for number, (name, value) in enumerate(pairwise(words), start=1):
+        if name == "--policy" and not value.startswith(("s3://", "data:", "/")):
+            words[number] = inline(value, content_at(value))
+        if name in _OF_THE_CLUSTER and not value.startswith("/"):
+            raise RecipeError(
+                f"{name} {value}: a file of this machine, and keys are not sent; name the absolute path that it has on "
+                "the cluster, such as /etc/scanloom-release/key.pem"
+            )
+    return tuple(words)
+
+
+def _value_of(name: str, options: Sequence[str]) -> str | None:
+    return next((value for word, value in pairwise(options) if word == name), None)

@@ -7,6 +7,7 @@ needed. Sizes of worker groups follow from the recipe.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -26,6 +27,7 @@ SIGNING = "/etc/scanloom-release"
 LONGEST_NAME = 47
 """Of a RayJob; the operator makes longer names of it."""
 _GPU = "nvidia.com/gpu"
+_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ def render(job: str, place: str, overrides: list[str], options: list[str], where
     if not sent.recipe.store.startswith("s3://"):
         raise RecipeError(f"recipe {place}: store {sent.recipe.store} is a folder that each pod has its own of")
     name = where.name or sent.name
-    if len(name) > LONGEST_NAME:
-        raise RecipeError(f"--name {name}: longer than {LONGEST_NAME} characters, the most that KubeRay takes")
+    for option, told in (("--name", name), ("--namespace", where.namespace), ("--queue", where.queue or "x")):
+        if not _LABEL.fullmatch(told) or len(told) > LONGEST_NAME:
+            raise RecipeError(
+                f"{option} {told!r}: expected small letters, digits and hyphens, a letter first, at most {LONGEST_NAME}"
+            )
     labels = {"app.kubernetes.io/name": "scanloom", "scanloom.io/job": job, **where.labels}
     metadata = {"namespace": where.namespace, "labels": labels}
     held = {
