@@ -5,7 +5,7 @@ PYTHONPATH=.:platform python tests/benchmarks/bench_audit.py [NIH_FOLDER] [--ima
 
 By group: drawn vectors of 128 values and readings of a probe with 20 outputs, beside 800 scans; time and peak memory.
 Usefulness, with the folder: the 519 patients are dealt out, 60 % to train on, 20 % given as synthetic images, 20 % to
-test on; then the same images with shuffled labels. One thread.
+test on; then the same images with shuffled labels. With --whole instead: time and memory of whole audits. One thread.
 """
 
 from __future__ import annotations
@@ -13,22 +13,33 @@ from __future__ import annotations
 import argparse
 import csv
 import resource
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save
 
+from scanloom.artefact import publish
 from scanloom.attributes import Attributes, AttributeSchema
 from scanloom.audit.fairness import Group, gaps, readings, subgroups
 from scanloom.audit.fidelity import Embedded
 from scanloom.audit.groups import Grouping
+from scanloom.audit.measuring import ENCODER, AuditJob, make_audit
 from scanloom.audit.utility import utility_of
-from scanloom.models.probe_card import ProbeCard, Reading, outputs_of
+from scanloom.models.attribute_probe import ProbeNetwork
+from scanloom.models.copy_encoder import CopyEncoder, weights_of
+from scanloom.models.probe_card import CARD, WEIGHTS, ProbeCard, Reading, outputs_of
 from scanloom.recipe import CategoryAttribute, LabelsAttribute, NumberAttribute
-from scanloom.recipe_audit import UtilityStudy
+from scanloom.recipe_audit import Audit, UtilityStudy
+from scanloom.store import Store
+from scanloom.training.copy_encoder import levels
 from scanloom.training.utility import Material, Part, lessons, train_and_score
+from tests.audited import publish_dataset
+from tests.nih_corpus import dealt, nih_scans, publish_nih
 from tests.nih_squares import square
+from tests.released import generator, put
 
 FINDINGS = ("Atelectasis", "Edema", "Effusion", "Infiltration", "Pneumonia")
 SCHEMA = AttributeSchema(declarations=(
@@ -54,13 +65,7 @@ def by_group(images: int) -> None:
         ]  # fmt: skip
 
     outputs = outputs_of(SCHEMA)
-    card = ProbeCard(
-        name="made", attributes=SCHEMA, size_px=64, channels=(8,), scales={"age": (50.0, 10.0)},
-        false_reject_share=0.02, trained_scans=1, held_out_scans=1, readings=tuple(
-            Reading(name=one.name, figure="auc", estimate=0.9, low=0.8, high=1.0, chance=0.5, scans=9, with_it=4,
-                    better_than_chance=True) for one in outputs
-        ),
-    )  # fmt: skip
+    card = _card(SCHEMA, 64)
     rows = {"images": drawn(images), "train": drawn(SCANS), "held out": drawn(SCANS)}
     vectors = {name: Embedded.of(random.standard_normal((len(of), WIDTH))) for name, of in rows.items()}
     grouping = Grouping.of(SCHEMA, rows["train"])
@@ -122,16 +127,65 @@ def usefulness(folder: Path, settings: UtilityStudy) -> None:
                 print(f"  {gain.arm}, over real: {gain.over_real}")
 
 
+def whole(folder: Path, counts: list[int]) -> None:
+    """All of `make_audit` with a probe, of datasets of moved real scans of 128 px; the networks are not trained."""
+    scans = nih_scans(folder, 128)
+    train, calibration, check = dealt(scans, (0.6, 0.2, 0.2))
+    with tempfile.TemporaryDirectory(prefix="scanloom-bench-") as place:
+        corpus = publish_nih(f"{place}/corpus", {"train": train, "holdout": calibration, "validation": check})
+        schema = AttributeSchema.model_validate(corpus.manifest.statistics["schema"])
+        card = _card(schema, 128)
+        weights = save(dict(ProbeNetwork(card.channels, len(card.outputs)).state_dict()))
+        store = Store(f"{place}/probe")
+        files = put(store, {CARD: card.model_dump_json().encode(), WEIGHTS: weights})
+        publish(store, kind="probe", name="made", recipe={}, inputs=[], files=files, statistics={})
+        settings = Audit()
+        channels = levels(settings.copies, 96)
+        for count in counts:
+            made = publish_dataset(
+                f"{place}/{count}", generator(f"{place}/generator-{count}", corpus), corpus,
+                lambda n: np.roll(scans[n % len(scans)].pixels_SS, n // len(scans), axis=1), count, dicom={"enabled": False},
+            )  # fmt: skip
+            audit = Store(f"{place}/{count}-audit")
+            audit.write(ENCODER, weights_of(CopyEncoder(channels, settings.copies.width)))
+            job = AuditJob(
+                settings=settings, seed=0, corpus_uri=corpus.uri, dataset_uri=made.uri, audit_uri=audit.uri,
+                size_px=96, channels=channels, probe_uri=store.uri,
+            )  # fmt: skip
+            before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+            make_audit(job.model_dump(mode="json"))
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(
+                f"an audit of {count} images of 128 px against {len(train)} scans: {time.monotonic() - started:.0f} s, "
+                f"peak memory {most / 1024:.0f} MB, {(most - before) / 1024:.0f} MB more than before", flush=True,
+            )  # fmt: skip
+
+
+def _card(schema: AttributeSchema, size_px: int) -> ProbeCard:
+    """A probe that says of itself that it reads everything."""
+    told = [
+        Reading(name=one.name, figure="auc", estimate=0.9, low=0.8, high=1.0, chance=0.5, scans=9, with_it=4,
+                better_than_chance=True) for one in outputs_of(schema)
+    ]  # fmt: skip
+    return ProbeCard(
+        name="made", attributes=schema, size_px=size_px, channels=(16, 32, 64, 64), scales={"age": (50.0, 10.0)},
+        false_reject_share=0.02, trained_scans=1, held_out_scans=1, readings=tuple(told),
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--images", type=int, nargs="*", default=[1000, 10000])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--whole", type=int, nargs="*", default=[], help="audits of so many images each")
     told = parser.parse_args()
     for images in told.images:
         by_group(images)
-    if told.folder is not None:
+    if told.folder is not None and told.whole:
+        whole(told.folder, told.whole)
+    elif told.folder is not None:
         usefulness(told.folder, UtilityStudy(seeds=told.seeds, steps=told.steps))
 
 
