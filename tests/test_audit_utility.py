@@ -15,10 +15,10 @@ import pytest
 from scanloom.attributes import Attributes
 from scanloom.audit.intervals import multiplicities
 from scanloom.audit.report import Interval, Usefulness, Utility
-from scanloom.audit.utility import UtilityJob, read_material, utility_of, weighted_auc
+from scanloom.audit.utility import UtilityJob, read_material, require_known, utility_of, weighted_auc
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import LabelsAttribute
-from scanloom.recipe_audit import Arm, UtilityStudy
+from scanloom.recipe_audit import Arm, Audit, Fairness, UtilityStudy
 from scanloom.training.calibration import auc
 from scanloom.training.utility import ARMS, Material, Part, Scores, lessons, train_and_score
 from tests.phantom_corpus import SIZE, publish_corpus
@@ -229,8 +229,14 @@ def test_material_is_read_by_patient_and_names_what_it_leaves_out(folder: Path) 
 
 def test_labels_may_be_named_and_values_of_categories_too(folder: Path) -> None:
     assert read(folder, labels=["sex=F"]).labels == ("sex=F",)
+    wrong = {"labels": ("findings=Efusion",)}
     with pytest.raises(RecipeError, match="declares no 'findings=Efusion'; did you mean 'findings=Effusion'"):
-        read(folder, labels=["findings=Efusion"])
+        read(folder, **wrong)
+    with pytest.raises(RecipeError, match="declares no 'findings=Efusion'"):
+        require_known(Audit(utility=UtilityStudy(**wrong)), SCHEMA)
+    with pytest.raises(RecipeError, match=r"audit.fairness.groups: 'sexes' is no category or number; did you mean"):
+        require_known(Audit(fairness=Fairness(groups=("sexes",))), SCHEMA)
+    require_known(Audit(), SCHEMA)
 
 
 def test_a_patient_on_both_sides_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

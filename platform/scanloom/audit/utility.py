@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import t as students_t
@@ -30,7 +31,7 @@ from scanloom.models.backbone import Backbone, load_backbone
 from scanloom.models.classifier import DEFAULT, ON_VECTORS
 from scanloom.models.probe_card import Output, outputs_of
 from scanloom.recipe import LabelsAttribute, nearest
-from scanloom.recipe_audit import Arm, UtilityStudy
+from scanloom.recipe_audit import Arm, Audit, UtilityStudy
 from scanloom.sampling.dataset import IMAGES
 from scanloom.training.utility import ARMS, Material, Part, Scores
 
@@ -48,6 +49,13 @@ class UtilityJob(BaseModel):
     settings: UtilityStudy
     corpus_uri: str
     dataset_uri: str
+
+
+def require_known(settings: Audit, schema: AttributeSchema) -> None:
+    """Raise RecipeError for a group or a label that the corpus does not declare, before anything is trained."""
+    Grouping.of(schema, [], settings.fairness.groups)
+    if settings.utility is not None:
+        _asked(settings.utility, schema)
 
 
 # --- what is learned from -------------------------------------------------------------------------------------
@@ -71,7 +79,7 @@ def read_material(config: Mapping[str, Any]) -> Material:
     corpus, dataset = open_artefact(job.corpus_uri, "corpus"), open_artefact(job.dataset_uri, "dataset")
     schema = AttributeSchema.model_validate(corpus.manifest.statistics["schema"])
     made_schema = AttributeSchema.model_validate(dataset.manifest.statistics["spec"]["attributes"])
-    device = "cuda" if settings.use_gpu else "cpu"
+    device = "cuda" if settings.use_gpu and torch.cuda.is_available() else "cpu"
     backbone = None if settings.backbone is None else load_backbone(settings.backbone, device)
     size_px = min(settings.size_px, corpus.manifest.statistics["size_px"]) if backbone is None else backbone.size_px
 
