@@ -1,31 +1,34 @@
-"""Dataset -> audit: does it hold copies of training scans, and does it look like them? Evidence for a release.
+"""Dataset -> audit: whose scans are in it, what it betrays, how real, fair and useful it is. Evidence for a release.
 
-python -m jobs.audit RECIPE [--set KEY=VALUE ...]
+python -m jobs.audit RECIPE [--set KEY=VALUE ...]     run it again to go on after an interruption
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
-import ray.data
-from ray.train import DataConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from pydantic import TypeAdapter
 
 from jobs.cluster import connected, interruptible, require_room, run_recipe
+from jobs.copy_encoder import train_encoder
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, open_artefact, plan_digest, publish
+from scanloom.audit.given import GivenJob, look_again
 from scanloom.audit.measuring import ENCODER, AuditJob, Measured, make_audit, write_report
-from scanloom.audit.report import REPORT, read_report
-from scanloom.errors import RecipeError
+from scanloom.audit.membership import MembershipJob, attack
+from scanloom.audit.report import PAGE, REPORT, GivenFidelity, Membership, Utility, read_report
+from scanloom.audit.utility import UtilityJob, read_material, utility_of
+from scanloom.audit.verdicts import verdicts
+from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import Recipe
 from scanloom.shards.commit import begin
-from scanloom.shards.reader import parquet_paths
 from scanloom.store import Store
-from scanloom.training.copy_encoder import CopyEncoderJob, levels, plan_copy_encoder, train_copy_encoder
-from scanloom.training.reports import following
-from scanloom.training.runs import forget, outcome, run_config, run_name
+from scanloom.training.copy_encoder import CopyEncoderJob, levels, plan_copy_encoder
+from scanloom.training.runs import forget, run_name
+from scanloom.training.utility import lessons, train_and_score
 
 
 def audit(recipe: Recipe) -> None:
@@ -47,8 +50,8 @@ def audit(recipe: Recipe) -> None:
         runs, name = Store(recipe.uri("runs")), run_name("copy-encoder", plan)
         runs.require_writable()
         with connected():
-            metrics = _train(recipe, corpus, store, runs, name)
-            files = _measure(recipe, corpus, dataset, probe, store)
+            metrics = train_encoder(CopyEncoderJob.of(recipe, corpus, store, ENCODER), corpus, runs, name)
+            files = _measure(recipe, corpus, dataset, probe, store, runs.at(f"{name}/parts"))
         made = publish(
             store, kind="audit", name=dataset.manifest.name, recipe=recipe.model_dump(mode="json"),
             inputs=[dataset, corpus, *([probe] if probe else [])], files=files,
@@ -58,59 +61,89 @@ def audit(recipe: Recipe) -> None:
     _report(made, time.monotonic() - started)
 
 
-def _train(recipe: Recipe, corpus: Artefact, store: Store, runs: Store, name: str) -> dict[str, Any]:
-    section = recipe.audit.copies
-    require_room(section.workers * section.cpus_per_worker, section.workers * section.use_gpu, "audit.copies.workers")
-    job = CopyEncoderJob.of(recipe, corpus, store, ENCODER)
-    paths = parquet_paths(corpus, "train", section.max_scans)
-    scans = ray.data.read_parquet(paths, filesystem=corpus.store.filesystem).select_columns(["id", "image"])
-    with (
-        console.progress("copy encoder", section.steps, "steps") as advance,
-        following(console.step_follower(advance)) as reports,
-    ):
-        work: Any = train_copy_encoder  # Checkers see the class of Ray Tune's time, whose loops return nothing.
-        trainer = TorchTrainer(
-            work,
-            train_loop_config=job.model_dump(mode="json"),
-            datasets={"train": scans},
-            # Every worker holds all scans; which ones it trains on follows from the step and its rank.
-            dataset_config=DataConfig(datasets_to_split=[]),
-            scaling_config=ScalingConfig(
-                num_workers=section.workers, use_gpu=section.use_gpu,
-                resources_per_worker={"CPU": section.cpus_per_worker},
-            ),
-            run_config=run_config(runs, name, max_failures=section.max_failures, keep_checkpoints=1, reports=reports),
-        )  # fmt: skip
-        return outcome(interruptible(trainer.fit))
-
-
 def _measure(
-    recipe: Recipe, corpus: Artefact, dataset: Artefact, probe: Artefact | None, store: Store
+    recipe: Recipe, corpus: Artefact, dataset: Artefact, probe: Artefact | None, store: Store, parts: Store
 ) -> list[FileEntry]:
-    """On the cluster, where the data is near."""
-    size_px = min(recipe.audit.copies.size_px, corpus.manifest.statistics["size_px"])
+    """On the cluster, where the data is near; a part that an earlier run finished is not measured again."""
+    section = recipe.audit
+    size_px = min(section.copies.size_px, corpus.manifest.statistics["size_px"])
     job = AuditJob(
-        settings=recipe.audit, seed=recipe.seed, corpus_uri=corpus.uri, dataset_uri=dataset.uri, audit_uri=store.uri,
-        size_px=size_px, channels=levels(recipe.audit.copies, size_px), probe_uri=None if probe is None else probe.uri,
+        settings=section, seed=recipe.seed, corpus_uri=corpus.uri, dataset_uri=dataset.uri, audit_uri=store.uri,
+        size_px=size_px, channels=levels(section.copies, size_px), probe_uri=None if probe is None else probe.uri,
     )  # fmt: skip
-    work: Any = ray.remote(num_cpus=1, max_retries=3)(make_audit)
-    measured: Measured = interruptible(lambda: ray.get(work.remote(job.model_dump(mode="json"))))
-    return write_report(measured, measured.report, store)
+    made = _kept(parts, "measured", Measured, lambda: ray.get(_task(make_audit).remote(job.model_dump(mode="json"))))
+    told: dict[str, Any] = {}
+    if section.membership is not None:
+        told["membership"] = _kept(parts, "membership", Membership, lambda: _attack(recipe, corpus, dataset))
+    if section.utility is not None:
+        told["utility"] = _kept(parts, "utility", Utility, lambda: _learn(recipe, corpus, dataset))
+    if section.fidelity.backbone or section.fidelity.radiomics:
+        looks = tuple[GivenFidelity, ...]
+        told["fidelity_given"] = _kept(parts, "given", looks, lambda: _look_again(recipe, corpus, dataset))
+    return write_report(made, made.report.model_copy(update=told), store)
+
+
+def _attack(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Membership:
+    settings = recipe.audit.membership
+    assert settings is not None
+    require_room(1, settings.use_gpu, "audit.membership.use_gpu")
+    generator = next((entry for entry in dataset.manifest.inputs if entry.role == "generator"), None)
+    if generator is None:
+        raise ArtefactError(f"{dataset.uri}: names no generator to attack; set audit.membership=null")
+    job = MembershipJob(
+        settings=settings, seed=recipe.seed, corpus_uri=corpus.uri, generator_uri=generator.uri
+    ).model_dump(mode="json")  # fmt: skip
+    found: Membership = ray.get(_task(attack, settings.use_gpu).remote(job))
+    return found
+
+
+def _look_again(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
+    settings = recipe.audit.fidelity
+    job = GivenJob(settings=settings, corpus_uri=corpus.uri, dataset_uri=dataset.uri).model_dump(mode="json")
+    return ray.get(_task(look_again, settings.use_gpu).remote(job))
+
+
+def _learn(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Utility:
+    """One task reads the images, one more for every classifier trains it on them."""
+    settings = recipe.audit.utility
+    assert settings is not None
+    require_room(1, settings.use_gpu, "audit.utility.use_gpu")
+    job = UtilityJob(settings=settings, corpus_uri=corpus.uri, dataset_uri=dataset.uri)
+    material = _task(read_material).remote(job.model_dump(mode="json"))
+    trainings = [
+        _task(train_and_score, settings.use_gpu).remote(one, material) for one in lessons(settings, recipe.seed)
+    ]
+    left = trainings
+    with console.progress("classifiers", len(trainings), "trained") as advance:
+        while left:
+            done, left = ray.wait(left)
+            advance(len(done))
+    groups = recipe.audit.fairness.groups
+    together = _task(utility_of).remote(material, ray.get(trainings), groups, settings.least_patients, recipe.seed)
+    found: Utility = ray.get(together)
+    return found
+
+
+def _task(work: Callable[..., Any], use_gpu: bool = False) -> Any:
+    return ray.remote(num_cpus=1, num_gpus=int(use_gpu), max_retries=3)(work)
+
+
+def _kept(parts: Store, name: str, kind: Any, make: Callable[[], Any]) -> Any:
+    """A part of the audit: as an earlier run left it, or made now and kept for a later one."""
+    key, spelled = f"{name}.json", TypeAdapter(kind)
+    if parts.exists(key):
+        return spelled.validate_json(parts.read(key))
+    made = interruptible(make)
+    parts.write(key, spelled.dump_json(made))
+    return made
 
 
 def _report(made: Artefact, seconds: float) -> None:
     report = read_report(made.store.read(REPORT), made.store.uri_of(REPORT))
-    copies = report.copies
-    rows: list[tuple[str, str, str]] = []
-    if copies is not None:
-        rows += [
-            ("images that count as copies", str(copies.synthetic_rate), f"held-out scans: {copies.held_out_rate}"),
-            ("slight planted copies found, at least", f"{copies.lowest_slight_recall:.3f}", f"tau {copies.tau:.4f}"),
-        ]
-    for name, beside in {**(report.fidelity or {}), **(report.appearance or {})}.items():
-        rows.append((name, str(beside.synthetic), f"real against real: {beside.baseline}"))
-    title = f"audit: {seconds:.0f} s, {made.uri}, {report.subject.looked_at} of {report.subject.images} images"
-    console.result_table(title, ("figure", "this dataset", "beside"), rows)
+    title = f"audit: {seconds:.0f} s, {report.subject.looked_at} of {report.subject.images} images"
+    rows = [(one.question, one.answer, one.because) for one in verdicts(report)]
+    console.result_table(title, ("question", "answer", "why"), rows)
+    console.result_table("audit", ("where", "digest"), [(made.store.uri_of(PAGE), made.digest[:12])])
 
 
 if __name__ == "__main__":

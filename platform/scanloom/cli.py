@@ -26,7 +26,7 @@ from scanloom.overview import overview, unfinished
 from scanloom.progress import Progress, progress_of_unfinished
 from scanloom.store import Store
 from scanloom.store_rights import try_store
-from scanloom.stored_recipe import recipe_at
+from scanloom.stored_recipe import content_at, recipe_at
 
 app = typer.Typer(
     help="Turn real scans into a generator, and the generator into synthetic cohorts.",
@@ -247,23 +247,30 @@ def export(
 @app.command()
 def release(
     dataset: Annotated[str, typer.Argument(help="URI of a dataset.")],
-    policy: Annotated[Path, typer.Option(metavar="FILE", help="YAML file that says what it must have shown.")],
-    key: Annotated[Path, typer.Option(metavar="FILE", help="Ed25519 private key, PEM, to sign with.")],
+    policy: Annotated[str, typer.Option(metavar="PLACE", help="YAML that says what it must have shown.")],
     to: Annotated[str, typer.Option(metavar="PLACE", help="An empty folder or s3://bucket/prefix for the bundle.")],
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="Ed25519 private key, PEM, to sign with.")] = None,
+    sign_with: Annotated[
+        str | None, typer.Option(metavar="COMMAND", help="Signs its standard input, by a key service, say.")
+    ] = None,
+    public_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM, of the key that the command signs with.")
+    ] = None,
     audit: Annotated[str | None, typer.Option(help="URI of its audit; default: DATASET-audit.")] = None,
 ) -> None:
     """An audited dataset -> a signed bundle to hand out; refused where the policy's gates are not met."""
-    from scanloom.audit.bundle import KeyFile, fingerprint
+    from scanloom.audit.bundle import signer_of
     from scanloom.audit.policy import read_policy
     from scanloom.audit.release import Request
     from scanloom.audit.release import release as bundle
 
-    text, signer = _bytes_of(policy, "policy"), KeyFile.read(_bytes_of(key, "key"), str(key))
+    text, signer = content_at(policy, "policy"), signer_of(key, sign_with, public_key)
     found = open_artefact(dataset, "dataset")
-    wanted = Request(found, audit or f"{found.uri}-audit", read_policy(text, str(policy)), text, Store(to))
+    wanted = Request(found, audit or f"{found.uri}-audit", read_policy(text, policy), text, Store(to))
     with console.progress("check", len(found.manifest.files), "files") as advance:
         made = bundle(wanted, signer, lambda: advance(1))
-    row = (made.uri, made.manifest.statistics["images"], len(made.manifest.files), fingerprint(signer.public_key))
+    told = made.manifest.statistics
+    row = (made.uri, told["images"], len(made.manifest.files), told["signed_by"])
     console.result_table("release", ("where", "images", "files", "signed by"), [row])
 
 
@@ -275,9 +282,9 @@ def verify_bundle(
     ] = None,
 ) -> None:
     """Whether every byte of a release is as it was signed; exit 1 where one is not."""
-    from scanloom.audit.bundle import check, read_public_key
+    from scanloom.audit.bundle import check, public_key_at
 
-    expected = None if public_key is None else read_public_key(_bytes_of(public_key, "public key"), str(public_key))
+    expected = None if public_key is None else public_key_at(public_key)
     found = check(Store(bundle), expected)
     if found.problems:
         rows = [(p.fault, p.path, p.detail) for p in found.problems]
@@ -314,13 +321,6 @@ def _root(show_version: Annotated[bool, typer.Option("--version", help="Print th
     if show_version:
         print(f"scanloom {code_version()}")  # noqa: T201
         raise typer.Exit
-
-
-def _bytes_of(file: Path, what: str) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise RecipeError(f"{what} {file}: cannot be read ({error.strerror}); check the path") from error
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ def recipe_at(place: str, overrides: Sequence[str] = ()) -> Recipe:
     return read_recipe(content_at(place), "sent along" if place.startswith(_INLINE) else place, overrides)
 
 
-def content_at(place: str) -> bytes:
-    """The file of a recipe as it is.
+def content_at(place: str, what: str = "recipe") -> bytes:
+    """The file of a recipe, or of what else it is called, as it is.
 
     Raises RecipeError where it is not there; StoreError where the store does not answer.
     """
@@ -36,9 +36,9 @@ def content_at(place: str) -> bytes:
         try:
             return Path(place).read_bytes()
         except OSError as error:
-            raise RecipeError(f"recipe {place}: cannot be read ({error.strerror}); check the path") from error
+            raise RecipeError(f"{what} {place}: cannot be read ({error.strerror}); check the path") from error
     folder, _, name = place.rpartition("/")
     try:
         return Store(folder).read(name)
     except MissingError as error:
-        raise RecipeError(f"recipe {place}: cannot be read (no such object); check the URI") from error
+        raise RecipeError(f"{what} {place}: cannot be read (no such object); check the URI") from error

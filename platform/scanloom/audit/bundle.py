@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -127,6 +128,30 @@ def read_public_key(pem: bytes, where: str) -> bytes:
     if not isinstance(key, Ed25519PublicKey):
         raise RecipeError(f"public key {where}: is of another algorithm than Ed25519")
     return key.public_bytes_raw()
+
+
+def public_key_at(file: Path) -> bytes:
+    """The raw Ed25519 public key in a PEM file. RecipeError where it cannot be read."""
+    return read_public_key(_bytes_of(file, "public key"), str(file))
+
+
+def signer_of(key: Path | None, command: str | None, public_key: Path | None) -> Signer:
+    """Who signs, by the options of a person: a key file, or a command and the key that it signs with.
+
+    RecipeError for anything else.
+    """
+    if key is not None and command is None:
+        return KeyFile.read(_bytes_of(key, "key"), str(key))
+    if key is None and command is not None and public_key is not None:
+        return Command(command, public_key_at(public_key))
+    raise RecipeError("nobody signs; give --key FILE, or --sign-with COMMAND together with --public-key FILE")
+
+
+def _bytes_of(file: Path, what: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{what} {file}: cannot be read ({error.strerror}); check the path") from error
 
 
 def fingerprint(public_key: bytes) -> str:

@@ -42,7 +42,7 @@ _ARMS = ("real", "synthetic", "real and synthetic", "synthetic, then real")
 
 def page(report: Report, likenesses: Likenesses, sheet_png: bytes) -> str:
     """The whole page; `sheet_png` shows synthetic images."""
-    subject, name = report.subject, html.escape(report.subject.name)
+    subject, name = report.subject, _plain(report.subject.name)
     told = verdicts(report)
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
@@ -66,9 +66,9 @@ def page(report: Report, likenesses: Likenesses, sheet_png: bytes) -> str:
 
 def _verdict(one: Verdict) -> str:
     return (
-        f'<div class="verdict {one.grade}"><h3>{html.escape(one.question)}</h3>'
-        f'<p class="answer"><span class="mark">{_MARKS[one.grade]}</span>{html.escape(one.answer)}</p>'
-        f'<p class="why">{html.escape(one.because)}</p></div>'
+        f'<div class="verdict {one.grade}"><h3>{_plain(one.question)}</h3>'
+        f'<p class="answer"><span class="mark">{_MARKS[one.grade]}</span>{_plain(one.answer)}</p>'
+        f'<p class="why">{_plain(one.because)}</p></div>'
     )
 
 
@@ -207,7 +207,7 @@ def _utility(report: Report) -> Iterator[str]:
         return
     yield "<h2>Use for training</h2>"
     yield (
-        f"<p>Classifiers ({html.escape(found.classifier)}) learned findings from {found.train_scans:,} real scans, "
+        f"<p>Classifiers ({_plain(found.classifier)}) learned findings from {found.train_scans:,} real scans, "
         f"from {found.synthetic_images:,} synthetic images, or from both, and read held-out real scans of other "
         "people.</p>"
     )
@@ -235,13 +235,17 @@ def _scorecard(criteria: Sequence[Criterion]) -> Iterator[str]:
         "Communications Engineering 2025), with what was not measured.</p>"
     )
     for one in criteria:
-        yield f"<h3>{html.escape(one.name.capitalize())}</h3><p>{html.escape(one.asks)}</p>"
+        yield f"<h3>{_plain(one.name.capitalize())}</h3><p>{_plain(one.asks)}</p>"
         yield _table(("measured", "found"), [(finding.what, finding.found) for finding in one.measured])
-        missing = html.escape("; ".join(one.not_measured)) or "nothing that this criterion asks"
+        missing = _plain("; ".join(one.not_measured)) or "nothing that this criterion asks"
         yield f"<p class=note>Not measured: {missing}.</p>"
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------
+
+
+def _plain(text: str) -> str:
+    return html.escape(text, quote=False)
 
 
 def _number(value: float | None) -> str:
@@ -251,8 +255,8 @@ def _number(value: float | None) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return "<p class=note>Nothing.</p>"
-    head = "".join(f"<th>{html.escape(column)}" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
+    head = "".join(f"<th>{_plain(column)}" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{_plain(cell)}" for cell in row) for row in rows)
     return f"<table><tr>{head}{body}</table>"
 
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from scanloom.audit.report import Report
+from scanloom.audit.verdicts import worth
 from scanloom.errors import RecipeError
 from scanloom.section import Count, Fraction, Positive, Section, first_faults
 
@@ -46,6 +47,24 @@ class FairnessGate(Section):
 
     most_gap: Fraction = 0.2
     """Between asked and achieved share, beyond the probe's own error, of cells that are not small; not of numbers."""
+    most_parity_gap: Fraction | None = None
+    """Between two groups, of any figure that the audit tells by group, where the gap is more than chance."""
+
+
+class MembershipGate(Section):
+    """How little the generator may betray of whose scans it learned from; of the attack that betrays most."""
+
+    most_auc: Fraction = 0.6
+    """Upper end; 0.5 is guessing."""
+    most_tpr: Fraction = 0.1
+    """Upper end of the share of scans recognised at one false alarm in a hundred."""
+
+
+class UtilityGate(Section):
+    """What the images must be worth for training."""
+
+    least_share: Fraction = 0.5
+    """Of what real scans teach beyond guessing, by area under the curve on held-out scans."""
 
 
 class Licence(Section):
@@ -68,6 +87,10 @@ class Policy(Section):
     fidelity: FidelityGate | None = None
     """None: need not be measured."""
     fairness: FairnessGate | None = None
+    membership: MembershipGate | None = None
+    utility: UtilityGate | None = None
+    publisher: Annotated[str, Field(min_length=1)] | None = None
+    """Who hands the dataset out, as its cards name it; None: the policy's name."""
     licences: tuple[Licence, ...] = ()
     least_images: Count = 1
 
@@ -106,6 +129,8 @@ def gates(policy: Policy, report: Report) -> list[Gate]:
         *_copies(policy.copies, report),
         *_fidelity(policy.fidelity, report),
         *_fairness(policy.fairness, report),
+        *_membership(policy.membership, report),
+        *_utility(policy.utility, report),
     ]
 
 
@@ -164,11 +189,39 @@ def _fairness(gate: FairnessGate | None, report: Report) -> Iterator[Gate]:
         yield _missing("fairness")
         return
     for reading in report.fairness:
-        if reading.small or not reading.share or reading.asked.value is None or reading.achieved.value is None:
-            continue
-        error = abs(_or(reading.held_out_read, 0.0) - _or(reading.held_out_truth, 0.0))
-        gap = max(0.0, abs(reading.asked.value - reading.achieved.value) - error)
-        yield _at_most(f"fairness.{reading.name} in {reading.cell}", gap, gate.most_gap)
+        if not reading.small and reading.share and reading.gap is not None:
+            yield _at_most(f"fairness.{reading.name} in {reading.cell}", reading.gap, gate.most_gap)
+    if gate.most_parity_gap is None:
+        return
+    if report.gaps is None:
+        yield _missing("fairness by group")
+    for gap in (*(report.gaps or ()), *(report.utility.gaps if report.utility else ())):
+        if gap.beyond_chance and gap.gap.value is not None:
+            groups = f"{gap.figure}, {gap.worst} beside {gap.best}"
+            yield _at_most(f"fairness.gap of {groups}", abs(gap.gap.value), gate.most_parity_gap)
+
+
+def _membership(gate: MembershipGate | None, report: Report) -> Iterator[Gate]:
+    if gate is None:
+        return
+    if report.membership is None or not report.membership.attacks:
+        yield _missing("membership")
+        return
+    attacks = report.membership.attacks
+    auc = max(_or(one.auc.high, 1.0) for one in attacks)
+    yield _at_most("membership.AUC of the best attack (upper end)", auc, gate.most_auc)
+    tpr = max(_or(one.tpr.high, 1.0) for one in attacks)
+    yield _at_most("membership.recognised at 1 % false alarms (upper end)", tpr, gate.most_tpr)
+
+
+def _utility(gate: UtilityGate | None, report: Report) -> Iterator[Gate]:
+    if gate is None:
+        return
+    share = None if report.utility is None else worth(report.utility, "synthetic")
+    if share is None:
+        yield _missing("utility")
+    else:
+        yield _at_least("utility.share of what real scans teach", share, gate.least_share)
 
 
 def _missing(part: str) -> Gate:

@@ -25,14 +25,16 @@ from scanloom.artefact import (
     verify,
 )
 from scanloom.audit.bundle import SIGNATURE, Signer, fingerprint, seal
-from scanloom.audit.cards import dataset_card, terms_page
+from scanloom.audit.cards import dataset_card, model_card, terms_page
+from scanloom.audit.croissant import croissant
 from scanloom.audit.marking import Spread, copy_file, examine_file, in_threads, jobs, mark_shard, marked_files
 from scanloom.audit.policy import Gate, Policy, gates, licence_gates
 from scanloom.audit.report import PRIVATE, REPORT, Report, read_report
 from scanloom.errors import ArtefactError, ReleaseRefused, ScanloomError
 from scanloom.store import Store
 
-STATEMENT, POLICY, TERMS, CARD = "release.json", "policy.yaml", "TERMS.md", "README.md"
+STATEMENT, POLICY, TERMS = "release.json", "policy.yaml", "TERMS.md"
+CARD, MODEL_CARD, CROISSANT = "README.md", "GENERATOR.md", "croissant.json"
 DATASET, AUDIT = "dataset", "audit"
 ORIGINAL = "original"
 """Role of the audited dataset among the inputs of the released one."""
@@ -98,6 +100,12 @@ def _audited(request: Request) -> tuple[Artefact, Report]:
                 f"{dataset.uri}: audit of another dataset: its {name} says {found[:12] or 'none'}, the limit is "
                 f"{dataset.digest[:12]}"
             )
+    generators = {entry.digest for entry in dataset.manifest.inputs if entry.role == "generator"}
+    if report.membership is not None and report.membership.generator not in generators:
+        raise ReleaseRefused(
+            f"{audit.uri}: audit: attacked the generator {report.membership.generator[:12]}, the limit is the "
+            "dataset's own; make the audit again"
+        )
     if inputs.get("corpus") != report.subject.corpus:
         raise ReleaseRefused(f"{audit.uri}: audit: its report names another corpus than its manifest; make it again")
     _require_other_eyes(dataset, audit)
@@ -205,6 +213,8 @@ def _bundle(
         STATEMENT: json.dumps(statement, indent=1, sort_keys=True).encode(),
         TERMS: terms_page(request.policy, sources).encode(),
         CARD: dataset_card(released, report, request.policy).encode(),
+        CROISSANT: croissant(released, report, request.policy),
+        **_model_cards(request, report),
     }
     for path, data in pages.items():
         target.write(path, data)
@@ -216,6 +226,14 @@ def _bundle(
     )  # fmt: skip
     seal(target, [*copied, _entry(MANIFEST, target.read(MANIFEST))], signer)
     return made
+
+
+def _model_cards(request: Request, report: Report) -> dict[str, bytes]:
+    generator = next((one for one in _ancestors(request.dataset) if one.manifest.kind == "generator"), None)
+    if generator is None:
+        return {}
+    corpora = [one for one in _ancestors(generator) if one.manifest.kind == "corpus"]
+    return {MODEL_CARD: model_card(generator, corpora, report, request.policy).encode()}
 
 
 def _files(request: Request, audit: Artefact) -> tuple[list[FileEntry], Artefact]:
