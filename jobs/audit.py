@@ -16,11 +16,12 @@ from jobs.cluster import connected, interruptible, require_room, run_recipe
 from jobs.copy_encoder import train_encoder
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, open_artefact, plan_digest, publish
+from scanloom.attributes import AttributeSchema
 from scanloom.audit.given import GivenJob, look_again
 from scanloom.audit.measuring import ENCODER, AuditJob, Measured, make_audit, write_report
 from scanloom.audit.membership import MembershipJob, attack
 from scanloom.audit.report import PAGE, REPORT, GivenFidelity, Membership, Utility, read_report
-from scanloom.audit.utility import UtilityJob, read_material, utility_of
+from scanloom.audit.utility import UtilityJob, read_material, require_known, utility_of
 from scanloom.audit.verdicts import verdicts
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import Recipe
@@ -37,6 +38,7 @@ def audit(recipe: Recipe) -> None:
     if recipe.generate is None:
         raise RecipeError("the recipe has no `generate` section, which names the dataset to audit; add one")
     corpus = open_artefact(recipe.uri("corpus"), "corpus")
+    require_known(recipe.audit, AttributeSchema.model_validate(corpus.manifest.statistics["schema"]))
     dataset = open_artefact(recipe.uri(recipe.generate.dataset), "dataset")
     # Whoever has a probe of this recipe gets the fairness of the dataset too.
     probe = find_artefact(recipe.uri("probe"), "probe")
@@ -83,7 +85,7 @@ def _measure(
     return write_report(made, made.report.model_copy(update=told), store)
 
 
-def _attack(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Membership:
+def _attack(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
     settings = recipe.audit.membership
     assert settings is not None
     require_room(1, settings.use_gpu, "audit.membership.use_gpu")
@@ -93,8 +95,7 @@ def _attack(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Membership:
     job = MembershipJob(
         settings=settings, seed=recipe.seed, corpus_uri=corpus.uri, generator_uri=generator.uri
     ).model_dump(mode="json")  # fmt: skip
-    found: Membership = ray.get(_task(attack, settings.use_gpu).remote(job))
-    return found
+    return ray.get(_task(attack, settings.use_gpu).remote(job))
 
 
 def _look_again(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
@@ -103,13 +104,13 @@ def _look_again(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
     return ray.get(_task(look_again, settings.use_gpu).remote(job))
 
 
-def _learn(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Utility:
+def _learn(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
     """One task reads the images, one more for every classifier trains it on them."""
     settings = recipe.audit.utility
     assert settings is not None
     require_room(1, settings.use_gpu, "audit.utility.use_gpu")
     job = UtilityJob(settings=settings, corpus_uri=corpus.uri, dataset_uri=dataset.uri)
-    material = _task(read_material).remote(job.model_dump(mode="json"))
+    material = _task(read_material, settings.use_gpu).remote(job.model_dump(mode="json"))
     trainings = [
         _task(train_and_score, settings.use_gpu).remote(one, material) for one in lessons(settings, recipe.seed)
     ]
@@ -120,8 +121,7 @@ def _learn(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Utility:
             advance(len(done))
     groups = recipe.audit.fairness.groups
     together = _task(utility_of).remote(material, ray.get(trainings), groups, settings.least_patients, recipe.seed)
-    found: Utility = ray.get(together)
-    return found
+    return ray.get(together)
 
 
 def _task(work: Callable[..., Any], use_gpu: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""The whole system on phantoms: an S3 server of its own, every job in turn, and a look at what came out.
+"""The whole system on phantoms: an S3 server of its own, every job in turn, an audit, and a look at what came out.
 
 python -m jobs.demo [--folder demo] [--set KEY=VALUE ...]     run it again to go on after an interruption
 python -m jobs.demo --store-only                              only serve the folder's store, to open its outputs
@@ -7,7 +7,6 @@ python -m jobs.demo --store-only                              only serve the fol
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -21,7 +20,8 @@ from pathlib import Path
 
 from scanloom import console
 from scanloom.artefact import open_artefact
-from scanloom.audit.side_by_side import compare
+from scanloom.audit.report import PAGE
+from scanloom.audit.side_by_side import SHEET, leave
 from scanloom.embedded_s3 import EmbeddedS3
 from scanloom.errors import RecipeError
 from scanloom.overview import how_many
@@ -76,6 +76,7 @@ def _run_all(recipe: Recipe, options: argparse.Namespace) -> None:
     dataset = recipe.generate.dataset if recipe.generate else "dataset"
     steps = {
         "prepare": ["corpus"], "encode": ["autoencoder", "latents"], "finetune": ["generator"], "generate": [dataset],
+        "audit": [f"{dataset}-audit"],
     }  # fmt: skip
     scans = _put_scans(recipe, options.scans)
     rows = [("scans", scans, f"{options.scans} scans, {BAD_FILES} bad files", _since(began))]
@@ -86,18 +87,15 @@ def _run_all(recipe: Recipe, options: argparse.Namespace) -> None:
         # A job's time stands beside the last artefact that it made.
         rows += [(a.manifest.kind, a.uri, how_many(a), "" if a is not made[-1] else _since(began)) for a in made]
     began = time.monotonic()
-    sheet = options.folder / "contact-sheet.png"
-    title = f"{recipe.name}: phantoms, here the real scans, and what was generated from them"
-    comparison = compare(open_artefact(recipe.uri("corpus")), open_artefact(recipe.uri(dataset)), title)
-    sheet.write_bytes(comparison.contact_sheet)
-    sheet.with_suffix(".json").write_text(json.dumps(comparison.figures, indent=2) + "\n")
-    rows.append(("contact sheet", str(sheet), "1 picture", _since(began)))
+    shown = [open_artefact(recipe.uri(name)) for name in ("corpus", dataset, f"{dataset}-audit")]
+    said = leave(*shown, options.folder, f"{recipe.name}: phantoms, here the real scans, and images made from them")
+    rows.append(("pictures, report", str(options.folder), f"{SHEET}, {PAGE}", _since(began)))
     console.result_table(f"demo: {_since(started)} s in all", ("what", "where", "how many", "seconds"), rows)
     command = "scanloom" if shutil.which("scanloom") else os.path.relpath(Path(sys.executable).with_name("scanloom"))
     folder = shlex.quote(str(options.folder))
     opening = [f"{command} demo --folder {folder} --store-only", 'wait for its line "S3 at ..."; in another shell:']
     opening += [f"source {folder}/env", *(f"{command} show {uri}" for _, uri, _, _ in rows[1:-1])]
-    print(comparison, "to open what it made:", *opening, sep="\n  ")  # noqa: T201
+    print(said, "to open what it made:", *opening, sep="\n  ")  # noqa: T201
 
 
 def _put_scans(recipe: Recipe, scans: int) -> str:

@@ -12,6 +12,7 @@ from scanloom.audit.report import (
     Beside,
     Contents,
     Finding,
+    Gain,
     Gap,
     Interval,
     Likenesses,
@@ -24,7 +25,8 @@ from scanloom.audit.report import (
     Utility,
 )
 from scanloom.audit.scorecard import scorecard
-from scanloom.audit.verdicts import of_100, verdicts, worth
+from scanloom.audit.utility import MEAN as LABELS_MEAN
+from scanloom.audit.verdicts import MEAN, of_100, verdicts, worth
 from tests.released import copies
 
 SUBJECT = Subject(name="d <1>", dataset="d" * 64, corpus="c" * 64, images=1000, looked_at=900)
@@ -69,7 +71,11 @@ def learned(**aucs: float) -> Utility:
                    small=False)
         for arm, auc in aucs.items()
     )  # fmt: skip
-    return Utility(classifier="a small CNN", train_scans=500, synthetic_images=900, figures=figures)
+    share = None if aucs.get("real", 0.5) <= 0.5 else (aucs["synthetic"] - 0.5) / (aucs["real"] - 0.5)
+    gain = Gain(
+        arm="synthetic", label="Effusion", over_real=around(0.0), share=None if share is None else around(share)
+    )
+    return Utility(classifier="a small CNN", train_scans=500, synthetic_images=900, figures=figures, gains=(gain,))
 
 
 def told(**parts: Any) -> Report:
@@ -113,7 +119,10 @@ def test_what_was_not_measured_has_no_verdict() -> None:
     assert [one.grade for one in found] == ["unmeasured"] * 6
     assert worth(learned(synthetic=0.9), "synthetic") is None
     assert worth(learned(real=0.5, synthetic=0.9), "synthetic") is None
-    assert worth(learned(real=0.9, synthetic=0.7), "synthetic") == pytest.approx(0.5)
+    found = worth(learned(real=0.9, synthetic=0.7), "synthetic")
+    assert found is not None
+    assert found.value == pytest.approx(0.5)
+    assert MEAN == LABELS_MEAN
 
 
 def test_shares_in_words() -> None:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from scanloom.audit.report import Report
-from scanloom.audit.verdicts import worth
+from scanloom.audit.verdicts import apart, worth
 from scanloom.errors import RecipeError
 from scanloom.section import Count, Fraction, Positive, Section, first_faults
 
@@ -64,7 +64,7 @@ class UtilityGate(Section):
     """What the images must be worth for training."""
 
     least_share: Fraction = 0.5
-    """Of what real scans teach beyond guessing, by area under the curve on held-out scans."""
+    """Lower end, of what real scans teach beyond guessing, by area under the curve on held-out scans."""
 
 
 class Licence(Section):
@@ -189,8 +189,9 @@ def _fairness(gate: FairnessGate | None, report: Report) -> Iterator[Gate]:
         yield _missing("fairness")
         return
     for reading in report.fairness:
-        if not reading.small and reading.share and reading.gap is not None:
-            yield _at_most(f"fairness.{reading.name} in {reading.cell}", reading.gap, gate.most_gap)
+        gap = apart(reading)
+        if not reading.small and reading.share and gap is not None:
+            yield _at_most(f"fairness.{reading.name} in {reading.cell}", gap, gate.most_gap)
     if gate.most_parity_gap is None:
         return
     if report.gaps is None:
@@ -221,7 +222,8 @@ def _utility(gate: UtilityGate | None, report: Report) -> Iterator[Gate]:
     if share is None:
         yield _missing("utility")
     else:
-        yield _at_least("utility.share of what real scans teach", share, gate.least_share)
+        value = _or(share.low, 0.0)
+        yield _at_least("utility.share of what real scans teach (lower end)", value, gate.least_share)
 
 
 def _missing(part: str) -> Gate:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -11,9 +13,12 @@ from scanloom.artefact import Artefact
 from scanloom.attributes import AttributeSchema
 from scanloom.audit.cardiothoracic import HeldOut, auc, cardiothoracic_ratio, fit_probe
 from scanloom.audit.contact_sheet import SheetRow, Tile, contact_sheet
+from scanloom.audit.report import PAGE, REPORT, read_report
+from scanloom.audit.verdicts import in_one_line, verdicts
 from scanloom.shards.reader import rows
 from scanloom.shards.writer import image_pixels
 
+SHEET = "contact-sheet.png"
 NORMAL = "No finding"
 DATASET_FOLDER = "images"
 
@@ -61,6 +66,17 @@ class Comparison:
 
     def __str__(self) -> str:
         return f"real:      {self.real}\nsynthetic: {self.synthetic}"
+
+
+def leave(corpus: Artefact, dataset: Artefact, audit: Artefact, folder: Path, title: str) -> str:
+    """Write contact sheet, its figures and the audit's page into a local folder; what they say, in a few lines."""
+    comparison = compare(corpus, dataset, title)
+    (folder / SHEET).write_bytes(comparison.contact_sheet)
+    (folder / SHEET).with_suffix(".json").write_text(json.dumps(comparison.figures, indent=2) + "\n")
+    (folder / PAGE).write_bytes(audit.store.read(PAGE))
+    report = read_report(audit.store.read(REPORT), audit.store.uri_of(REPORT))
+    said = f"the audit says: {in_one_line(verdicts(report))}"
+    return f"{comparison}\n  {said}\n  open {folder / PAGE} in a browser: it says why"
 
 
 def compare(corpus: Artefact, dataset: Artefact, title: str) -> Comparison:

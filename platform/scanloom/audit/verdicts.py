@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scanloom.audit.report import Beside, Membership, Reading, Report, Usefulness, Utility
+from scanloom.audit.report import Beside, Interval, Membership, Reading, Report, Usefulness, Utility
 
 Grade = Literal["good", "look", "bad", "unmeasured"]
 
@@ -37,19 +37,23 @@ def verdicts(report: Report) -> tuple[Verdict, ...]:
     return tuple(_answer(topic, question, answer, report) for topic, question, answer in _QUESTIONS)
 
 
-def worth(utility: Utility, arm: str) -> float | None:
+def in_one_line(told: Sequence[Verdict]) -> str:
+    """Every topic with its answer."""
+    return "; ".join(f"{one.topic}: {one.answer.rstrip('.')}" for one in told)
+
+
+def worth(utility: Utility, arm: str) -> Interval | None:
     """How much of what real scans teach beyond guessing this arm teaches, over all labels: 1 is as much.
 
-    None where the arm is not there, or real scans teach nothing either.
+    None where the arm is not there, or real scans may teach nothing either.
     """
-    found: dict[tuple[str, str], float] = {
-        (one.arm, one.label): one.auc.value - 0.5
-        for one in utility.figures
-        if one.cell == ALL and one.auc.value is not None
-    }
-    labels = [label for told, label in found if told == "real" and (arm, label) in found]
-    taught = sum(found["real", label] for label in labels)
-    return sum(found[arm, label] for label in labels) / taught if taught > 0 else None
+    told = {one.label: one.share for one in utility.gains if one.arm == arm}
+    return told.get(MEAN) if len(told) != 1 else next(iter(told.values()))
+
+
+def apart(reading: Reading) -> float | None:
+    """How far a reading surely is from what was asked; where chance is not known, how far it is."""
+    return reading.gap if reading.sure_gap is None else reading.sure_gap
 
 
 def as_real(name: str, beside: Beside) -> bool:
@@ -62,8 +66,8 @@ def as_real(name: str, beside: Beside) -> bool:
 
 def worst_reading(readings: Sequence[Reading]) -> Reading | None:
     """Of shares in cells that are not small, the one whose gap is widest."""
-    told = [one for one in readings if one.share and not one.small and one.gap is not None]
-    return max(told, key=lambda one: one.gap or 0.0, default=None)
+    told = [one for one in readings if one.share and not one.small and apart(one) is not None]
+    return max(told, key=lambda one: (apart(one) or 0.0, one.gap or 0.0), default=None)
 
 
 def of_100(share: float | None) -> str:
@@ -76,6 +80,7 @@ def of_100(share: float | None) -> str:
 
 
 ALL = "all"
+MEAN = "mean of labels"
 _Told = tuple[Grade, str, str]
 
 
@@ -165,7 +170,8 @@ def _real_as(
 
 def _shows(report: Report) -> _Told | None:
     worst = None if report.fairness is None else worst_reading(report.fairness)
-    if worst is None or worst.gap is None:
+    gap = None if worst is None else apart(worst)
+    if worst is None or gap is None:
         return None
     asked, read = of_100(worst.asked.value), of_100(worst.achieved.value)
     group = "" if worst.cell == ALL else f" of {worst.cell}"
@@ -173,9 +179,9 @@ def _shows(report: Report) -> _Told | None:
     if worst.held_out_truth is not None and worst.held_out_read is not None:
         truth, seen = of_100(worst.held_out_truth), of_100(worst.held_out_read)
         why += f". The reader errs too: of real scans it is true of {truth} and read in {seen}"
-    if worst.gap <= _NEAR:
+    if gap <= _NEAR:
         return "good", "Yes, in every group that is large enough to tell.", f"{why}."
-    if worst.gap <= _FAR:
+    if gap <= _FAR:
         return "look", "Mostly; one thing is off.", f"{why}."
     return "bad", "No, not everywhere.", f"{why}."
 
@@ -183,7 +189,7 @@ def _shows(report: Report) -> _Told | None:
 def _useful(report: Report) -> _Told | None:
     utility = report.utility
     share = None if utility is None else worth(utility, "synthetic")
-    if utility is None or share is None:
+    if utility is None or share is None or share.value is None:
         return None
     aucs = {arm: mean_auc(utility.figures, arm) for arm in ("synthetic", "real", "real and synthetic")}
     told = {arm: "?" if auc is None else f"{auc:.2f}" for arm, auc in aucs.items()}
@@ -191,9 +197,9 @@ def _useful(report: Report) -> _Told | None:
         f"A classifier that learned from the images alone scores {told['synthetic']} on real scans, one that learned "
         f"from real scans {told['real']}, from both {told['real and synthetic']}; guessing scores 0.5, no error 1."
     )
-    if share >= _MOST:
+    if share.value >= _MOST:
         return "good", "Yes, nearly as much as real scans.", why
-    if share >= _HALF:
+    if share.value >= _HALF or share.high is None or share.high >= _HALF:
         return "look", "Less than real scans.", why
     return "bad", "Hardly.", why
 
