@@ -6,6 +6,7 @@ python -m jobs.finetune RECIPE [--set KEY=VALUE ...]
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray.data
@@ -16,10 +17,11 @@ from jobs.cluster import connected, interruptible, require_room, run_recipe
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, lineage, open_artefact, plan_digest, publish
 from scanloom.attributes import AttributeSchema, Envelope
-from scanloom.errors import ArtefactError
+from scanloom.errors import ArtefactError, ScanloomError
 from scanloom.models.card import GeneratorCard, conditioning
 from scanloom.models.generator import read_latent_shape, require_continuable
 from scanloom.recipe import Finetune, Recipe
+from scanloom.sampling.gate import corpora_of
 from scanloom.shards.commit import begin
 from scanloom.shards.reader import parquet_paths
 from scanloom.store import Store
@@ -58,7 +60,7 @@ def finetune(recipe: Recipe) -> None:
             store, kind="generator", name=recipe.name, recipe=recipe.model_dump(mode="json"),
             inputs=[lineage("latents", latents), lineage("autoencoder", autoencoder)],
             files=[FileEntry.model_validate(entry) for entry in metrics.pop("files")],
-            statistics={"plan": plan, "training": metrics} | _carried(latents),
+            statistics={"plan": plan, "training": metrics} | _carried(latents, recipe.finetune.start_from),
         )  # fmt: skip
         forget(runs, name)
     training = generator.manifest.statistics["training"]
@@ -100,8 +102,13 @@ def _start_digest(recipe: Recipe, card: GeneratorCard, autoencoder: Artefact) ->
     return start.digest
 
 
-def _carried(latents: Artefact) -> dict[str, object]:
-    return {key: latents.manifest.statistics[key] for key in ("schema", "envelope", "cells", "spacing_mm", "size_px")}
+def _carried(latents: Artefact, start_from: str | None) -> dict[str, object]:
+    known = {key: latents.manifest.statistics[key] for key in ("schema", "envelope", "cells", "spacing_mm", "size_px")}
+    # So that a gate still fits where these are gone; what cannot be followed even now, the gate will say.
+    with suppress(ScanloomError):
+        start = corpora_of(open_artefact(start_from, "generator")) if start_from else set()
+        known["corpora"] = sorted(corpora_of(latents) | start)
+    return known
 
 
 def _train(section: Finetune, job: FinetuneJob, latents: Artefact, runs: Store, name: str) -> dict[str, Any]:

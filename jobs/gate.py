@@ -20,7 +20,7 @@ from scanloom.models.privacy_gate import ENCODER, GateCard
 from scanloom.recipe import Recipe
 from scanloom.shards.commit import begin
 from scanloom.store import Store
-from scanloom.training.copy_encoder import CopyEncoderJob
+from scanloom.training.copy_encoder import CopyEncoderJob, levels
 from scanloom.training.runs import forget, run_name
 
 
@@ -36,7 +36,7 @@ def gate(recipe: Recipe) -> None:
     if made is None:
         runs, name = Store(recipe.uri("runs")), run_name("gate", plan)
         runs.require_writable()
-        job = GateJob.of(recipe, corpus)
+        job = GateJob.of(recipe, corpus, levels)
         training = CopyEncoderJob(
             settings=recipe.gate, section="gate", seed=job.seed, size_px=job.size_px, weights_uri=store.uri,
             weights_key=ENCODER,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scanloom import base
 from scanloom.artefact import Artefact, open_artefact, verify
 from scanloom.audit.privacy_gate import gate_seed
 from scanloom.errors import ArtefactError
@@ -191,11 +192,27 @@ def test_a_gate_of_another_corpus_is_refused(store: Path, made: Artefact, tmp_pa
     assert open_gate(made.uri, open_artefact(f"{store}/generator", "generator")).digest == made.digest
     other = publish_learner(tmp_path, publish_corpus(f"{tmp_path}/corpus", scans=8))
     with pytest.raises(
-        ArtefactError, match=r"is a gate of corpus \w+, and generator .* learned from \w+: it would miss"
+        ArtefactError, match=r"is a gate of corpus \w+, and generator .* learned from \w+: it would miss copies"
     ):
         open_gate(made.uri, other)
     with pytest.raises(ArtefactError, match=r"learned from \w+"):
         open_inputs(other.uri, Quality(gate=made.uri))
+
+
+def test_a_gate_must_know_all_that_a_generator_learned_from(store: Path, made: Artefact, tmp_path: Path) -> None:
+    generator = open_artefact(f"{store}/generator", "generator")
+    other = publish_learner(tmp_path, publish_corpus(f"{tmp_path}/corpus", scans=8))
+
+    def continued(start: str) -> Artefact:
+        told = {"recipe": {"finetune": {"start_from": start}}}
+        return Artefact(generator.store, generator.manifest.model_copy(update=told))
+
+    with pytest.raises(ArtefactError, match=r"learned from \w+, \w+: it would miss copies"):
+        open_gate(made.uri, continued(other.uri))
+    with pytest.raises(ArtefactError, match="its start cannot be looked at"):
+        open_gate(made.uri, continued(f"{tmp_path}/nowhere"))
+    for harmless in (generator.uri, base.URI):
+        assert open_gate(made.uri, continued(harmless)).digest == made.digest
 
 
 def test_a_generator_whose_lineage_is_lost_takes_no_gate(made: Artefact, tmp_path: Path) -> None:
@@ -203,6 +220,10 @@ def test_a_generator_whose_lineage_is_lost_takes_no_gate(made: Artefact, tmp_pat
     (tmp_path / "latents-of-generator" / "manifest.json").unlink()
     with pytest.raises(ArtefactError, match=r"its latents cannot be looked at .* restore it"):
         open_gate(made.uri, lost)
+    [corpus] = made.manifest.inputs
+    told = {"statistics": lost.manifest.statistics | {"corpora": [corpus.digest]}}
+    knowing = Artefact(lost.store, lost.manifest.model_copy(update=told))
+    assert open_gate(made.uri, knowing).digest == made.digest
 
 
 def test_what_is_no_gate_or_is_damaged_is_refused(store: Path, made: Artefact, tmp_path: Path) -> None:

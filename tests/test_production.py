@@ -19,12 +19,22 @@ from scanloom.models.attribute_probe import ProbeNetwork, load_probe
 from scanloom.models.probe_card import CARD, WEIGHTS, Check, ProbeCard
 from scanloom.recipe import CellsCohort, Generate, Quality
 from scanloom.sampling import production
-from scanloom.sampling.dataset import rows_to_bytes
+from scanloom.sampling.dataset import rows_to_bytes, write_shard
 from scanloom.sampling.engine import Engine
 from scanloom.sampling.noise import gaussian_noise
 from scanloom.sampling.plan import Plan, compile_plan, specify
-from scanloom.sampling.production import HOPELESS_DRAWS, Produced, ShardEngine, give_up_after, produce, request
+from scanloom.sampling.production import (
+    HOPELESS_DRAWS,
+    Produced,
+    ShardEngine,
+    give_up_after,
+    produce,
+    regenerate,
+    request,
+)
 from scanloom.sampling.quality import PASSES, Appearance, Judge, Verdict
+from scanloom.sampling.tally import Tally
+from scanloom.shards.commit import ShardCommit, begin, commit_key
 from scanloom.store import Store
 from tests.faulty_generator import FaultyGenerator
 from tests.tiny_generator import SCHEMA, STATISTICS, publish_generator
@@ -210,6 +220,34 @@ def tiny(folder: Path, **changes: Any) -> tuple[Plan, ShardEngine]:
     section = Generate(images=8, images_per_shard=8, slots=4, steps=2, **changes)
     plan = compile_plan(specify(section, "tiny", generator.digest, STATISTICS))
     return plan, ShardEngine(plan.spec, generator.uri, "cpu", 1)
+
+
+def test_an_image_comes_again_on_as_many_threads_as_its_shard_was_made_on(tmp_path: Path) -> None:
+    generator = publish_generator(str(tmp_path / "generator"))
+    plan = compile_plan(
+        specify(Generate(images=4, images_per_shard=2, slots=4, steps=2), "tiny", generator.digest, STATISTICS)
+    )
+    engine = ShardEngine(plan.spec, generator.uri, "cpu", 1)
+    store, tally = Store(str(tmp_path / "dataset")), Tally(plan.spec)
+    begin(store, "dataset", plan.digest)
+    for shard in (0, 1):
+        made = engine({"shard": shard, "rows": rows_to_bytes(plan.rows(shard))})
+        made["environment"] = made["environment"] | {"threads": shard + 1}
+        tally.add(ShardCommit.model_validate_json(write_shard(made, plan.spec, store)["commit"]))
+    dataset = publish(
+        store, kind="dataset", name="d", recipe={}, inputs=[generator], files=tally.files(),
+        statistics={"spec": plan.spec.model_dump(mode="json"), **tally.statistics()},
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    try:
+        for index in (3, 0):
+            regenerate(dataset.uri, plan.spec.image_id(index))
+            assert torch.get_num_threads() == 1 + index // 2
+        store.delete([commit_key(0), commit_key(1)])
+        regenerate(dataset.uri, plan.spec.image_id(3))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_plan_that_a_probe_checks_is_not_made_without_it(tmp_path: Path) -> None:

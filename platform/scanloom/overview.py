@@ -177,6 +177,8 @@ def how_many(artefact: Artefact) -> str:
         return f"{statistics['psnr_db']:.1f} dB PSNR held out"
     if artefact.manifest.kind == "probe":
         return f"reads {len(statistics['card']['readings'])} attributes"
+    if artefact.manifest.kind == "gate":
+        return f"knows {statistics['card']['train_scans']} scans, refuses from {statistics['card']['tau']:.4f}"
     if "taken_from" in statistics:
         return f"taken from {statistics['taken_from']}"
     refused = sum(statistics.get("quarantined", {}).values())

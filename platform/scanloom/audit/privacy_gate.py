@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -38,7 +38,6 @@ from scanloom.recipe_gate import Gate
 from scanloom.shards.reader import read_parquet
 from scanloom.shards.writer import png_pixels
 from scanloom.store import Store
-from scanloom.training.copy_encoder import levels
 
 _OF_GATES = 1 << 62
 # Where it is trained does not change what comes out; how many workers do.
@@ -59,19 +58,17 @@ class GateJob(BaseModel):
     gate_uri: str
     """Where the trained encoder lies, as ENCODER, and the rest is written."""
     size_px: int
+    channels: tuple[int, ...]
 
     @classmethod
-    def of(cls, recipe: Recipe, corpus: Artefact) -> Self:
-        """The job of a recipe on a corpus."""
+    def of(cls, recipe: Recipe, corpus: Artefact, levels: Callable[[Gate, int], tuple[int, ...]]) -> Self:
+        """The job of a recipe on a corpus; `levels` gives the encoder's channels for squares of a size."""
         settings = recipe.gate
+        size_px = min(settings.size_px, corpus.manifest.statistics["size_px"])
         return cls(
             settings=settings, name=recipe.name, seed=gate_seed(recipe.seed), corpus_uri=corpus.uri,
-            gate_uri=recipe.uri("gate"), size_px=min(settings.size_px, corpus.manifest.statistics["size_px"]),
+            gate_uri=recipe.uri("gate"), size_px=size_px, channels=levels(settings, size_px),
         )  # fmt: skip
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        return levels(self.settings, self.size_px)
 
 
 def gate_seed(seed: int) -> int:

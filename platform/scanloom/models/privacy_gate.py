@@ -9,7 +9,7 @@ As confidential as the corpus: embeddings of scans tell anyone who has somebody'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,9 +27,10 @@ from scanloom.models.copy_encoder import CopyEncoder, load_copy_encoder, square_
 from scanloom.shards.reader import read_file
 
 CARD, ENCODER, INDEX = "gate.json", "encoder.safetensors", "index.safetensors"
-LOOK_ROWS = 4
-"""Images of a call of the network: always so many, so that what is seen of one does not depend on the others. A lone
-image costs as much as four; more than four at once are hardly cheaper by the image."""
+LOOK_ROWS = 8
+"""Images of a look: always so many, so that what is seen of one does not depend on the others. A lone image costs as
+much as eight; more than eight at once are hardly cheaper by the image."""
+_CPU_BLOCK = 4096
 
 
 class _Record(BaseModel):
@@ -104,29 +105,40 @@ class PrivacyGate:
         rows = torch.from_numpy(views_VRD).flatten(0, 1).to(self._device, torch.float32)
         # What rounding to float16 took from a copy's likeness of 1 is thereby back, but for 1e-7.
         self._index_DR = functional.normalize(rows, dim=1).T.contiguous()
+        # What a CPU's caches hold; a GPU is best asked once.
+        self._block = _CPU_BLOCK if self._device.type == "cpu" else len(rows)
 
     def likeness(self, pixels_NHW: NDArray[Any], bits_stored: int) -> NDArray[np.float64]:
         """[N] in [-1, 1]: how alike each image is to the training scan that is nearest to it.
 
         From unsigned pixels below 2**bits_stored, of any size.
         """
-        size = self.card.size_px
-        squares = [square_of(pixels, bits_stored, size) for pixels in pixels_NHW]
-        return self.nearest(np.stack(squares) if squares else np.zeros((0, size, size), np.float32))[0]
+        found = np.zeros(len(pixels_NHW))
+        for start in range(0, len(found), LOOK_ROWS):
+            part = pixels_NHW[start : start + LOOK_ROWS]
+            squares = np.stack([square_of(pixels, bits_stored, self.card.size_px) for pixels in part])
+            best = torch.stack([cosine_BK.amax(1) for cosine_BK in self._cosines(squares)]).amax(0)
+            found[start : start + len(part)] = best[: len(part)].cpu().numpy()
+        return found
 
-    @torch.inference_mode()
     def nearest(self, squares_NSS: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Of squares in [0, 1] of the gate's size the likeness [N] to the nearest scan, and which one [N] that is."""
         likeness, row = np.zeros(len(squares_NSS)), np.zeros(len(squares_NSS), dtype=np.int64)
         for start in range(0, len(squares_NSS), LOOK_ROWS):
-            part = torch.from_numpy(squares_NSS[start : start + LOOK_ROWS])[:, None] * 2.0 - 1.0
-            stop = start + len(part)
-            filled = functional.pad(part, (0, 0, 0, 0, 0, 0, 0, LOOK_ROWS - len(part)))
-            vectors: Tensor = self._network(filled.to(self._device))
-            cosine, nearest = (vectors @ self._index_DR).max(1)
-            likeness[start:stop] = cosine[: len(part)].double().cpu().numpy()
-            row[start:stop] = nearest[: len(part)].cpu().numpy()
+            part = squares_NSS[start : start + LOOK_ROWS]
+            best, where = torch.cat(list(self._cosines(part)), dim=1).max(1)
+            likeness[start : start + len(part)] = best[: len(part)].cpu().numpy()
+            row[start : start + len(part)] = where[: len(part)].cpu().numpy()
         return likeness, row % self._scans
+
+    @torch.inference_mode()
+    def _cosines(self, squares_NSS: NDArray[np.float32]) -> Iterator[Tensor]:
+        """Of at most LOOK_ROWS squares, filled up to so many, the cosines with a block of the index after the other."""
+        squares = torch.from_numpy(squares_NSS)[:, None] * 2.0 - 1.0
+        filled = functional.pad(squares, (0, 0, 0, 0, 0, 0, 0, LOOK_ROWS - len(squares)))
+        vectors_BD: Tensor = self._network(filled.to(self._device))
+        for start in range(0, self._index_DR.shape[1], self._block):
+            yield vectors_BD @ self._index_DR[:, start : start + self._block]
 
 
 def index_of(views_VRD: NDArray[np.float16]) -> bytes:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from scanloom.artefact import open_artefact
+from scanloom.artefact import Artefact, open_artefact
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import Probe, load_probe
 from scanloom.models.generator import load_generator
@@ -32,6 +32,7 @@ from scanloom.sampling.engine import Engine, ImageRequest, is_batch_invariant
 from scanloom.sampling.gate import Privacy
 from scanloom.sampling.plan import PlanSpec
 from scanloom.sampling.quality import Agreement, Appearance, Judge, Verdict, verdicts
+from scanloom.shards.commit import committed_shards, read_commits
 from scanloom.shards.writer import image_pixels
 
 HOPELESS_DRAWS = 32
@@ -284,12 +285,21 @@ def regenerate(dataset_uri: str, image_id: str, generator_uri: str | None = None
     spec = PlanSpec.model_validate(statistics["spec"])
     stored = stored_row(dataset, spec, image_id)
     home = next(entry.uri for entry in dataset.manifest.inputs if entry.role == "generator")
-    maker = statistics["environments"][0]
+    maker = _environment_of(stored["index"] // spec.images_per_shard, dataset, spec)
     device = "cuda" if maker["device"] != "cpu" and torch.cuda.is_available() else "cpu"
     # Nobody judges it a second time, so neither probe nor gate is needed.
     unjudged = spec.model_copy(update={"probe": None, "gate": None})
     engine = ShardEngine(unjudged, generator_uri or home, device, maker["threads"])
     return engine.again(stored), image_pixels(stored)
+
+
+def _environment_of(shard: int, dataset: Artefact, spec: PlanSpec) -> Mapping[str, Any]:
+    """What a shard was made on; of a dataset that came without its commits, the first that its manifest names."""
+    environments: list[dict[str, Any]] = dataset.manifest.statistics["environments"]
+    if len(environments) > 1 and shard in committed_shards(dataset.store):
+        [commit] = read_commits(dataset.store, spec.digest, [shard])
+        return dict(commit.statistics["environment"])
+    return environments[0]
 
 
 def request(spec: PlanSpec, row: Mapping[str, Any]) -> ImageRequest:
