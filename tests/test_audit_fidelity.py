@@ -20,6 +20,7 @@ from scanloom.audit.fidelity import (
     squared_distances,
     squared_radii,
 )
+from scanloom.audit.intervals import clustered_share
 
 RANDOM = np.random.default_rng(1)
 
@@ -123,6 +124,22 @@ def test_outliers_of_the_real_set_do_not_raise_density() -> None:
     real = np.concatenate([RANDOM.standard_normal((200, 4)), 40.0 * RANDOM.standard_normal((8, 4))])
     found = manifolds(Embedded.of(20.0 * RANDOM.standard_normal((200, 4))), Embedded.of(real))
     assert found.density.value < 0.5
+
+
+def test_a_few_images_that_all_lie_inside_prove_little() -> None:
+    few = Embedded.of(1e-3 * RANDOM.standard_normal((7, 4)))
+    found = manifolds(few, normal(200, 4))
+    assert (found.precision.value, found.recall.value) == (1.0, 0.0)
+    # 7 of 7 and 0 of 200: Clopper & Pearson.
+    assert found.precision.low == pytest.approx(0.025 ** (1 / 7))
+    assert found.recall.high == pytest.approx(1 - 0.025 ** (1 / 200))
+    assert found.density.low < found.density.value < found.density.high
+    held = 0
+    for _ in range(200):
+        hits = RANDOM.random(30) < 0.95
+        share = clustered_share(hits, [str(n) for n in range(30)])
+        held += share.low <= 0.95 <= share.high
+    assert held / 200 > 0.94
 
 
 def test_radii_are_those_of_all_pairs() -> None:

@@ -121,5 +121,7 @@ def test_nothing_known_is_the_whole_range() -> None:
     nobody = np.zeros(0)
     assert (sensitivity(nobody, nobody).low, sensitivity(nobody, nobody).high) == (0.0, 1.0)
     assert (auc(nobody, np.ones(3)).low, auc(nobody, np.ones(3)).high) == (0.0, 1.0)
+    one = mean_over(np.array([1.0, 2.0]), ["a", "a"])
+    assert (one.value, one.low, one.high) == (1.5, -math.inf, math.inf)
     with pytest.raises(ValueError, match="a score is nan"):
         auc([math.nan], [1.0])

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from scanloom.audit.intervals import Estimate, blocks, jackknife, mean_over
+from scanloom.audit.intervals import Estimate, blocks, clustered_share, jackknife, mean_over
 
 Floats = NDArray[np.float64]
 _BLOCK_VALUES = 2**22
@@ -213,8 +213,8 @@ class Manifolds:
 def manifolds(synthetic: Embedded, real: Embedded, k: int = NEIGHBOURS) -> Manifolds:
     """Precision, recall, density and coverage with neighbourhoods that reach to the k-th nearest of the same set.
 
-    The intervals resample synthetic images (precision, density) or real patients (recall, coverage), each against the
-    other set as it is.
+    The intervals are over synthetic images (precision, density) or real patients (recall, coverage), each against the
+    other set as it is: those of shares are exact, so that a few images that all lie inside prove little.
     """
     if min(len(synthetic), len(real)) <= k:
         raise ValueError(f"manifolds: {len(synthetic)} and {len(real)} images; needs over {k} of each")
@@ -227,11 +227,17 @@ def manifolds(synthetic: Embedded, real: Embedded, k: int = NEIGHBOURS) -> Manif
         covered_M |= inside.any(axis=0)
         recalled_M |= (distance <= synthetic_radius_N[rows][:, None]).any(axis=0)
     return Manifolds(
-        precision=mean_over(balls_N > 0, synthetic.groups),
-        recall=mean_over(recalled_M, real.groups),
-        density=mean_over(balls_N / k, synthetic.groups),
-        coverage=mean_over(covered_M, real.groups),
+        precision=clustered_share(balls_N > 0, synthetic.groups),
+        recall=clustered_share(recalled_M, real.groups),
+        density=_at_least_one_image_wide(mean_over(balls_N / k, synthetic.groups), len(synthetic)),
+        coverage=clustered_share(covered_M, real.groups),
     )
+
+
+def _at_least_one_image_wide(found: Estimate, images: int) -> Estimate:
+    """What an image in no neighbourhood, or in twice as many, would change: also where all are in equally many."""
+    one = found.value / images
+    return Estimate(found.value, min(found.low, found.value - one), max(found.high, found.value + one))
 
 
 def expected_coverage(synthetic: int, real: int, k: int = NEIGHBOURS) -> float:

@@ -93,10 +93,12 @@ def multiplicities(groups: Groups, replicates: int = REPLICATES, seed: int = 0) 
 
 
 def mean_over(values_N: NDArray[Any], groups: Groups, seed: int = 0) -> Estimate:
-    """The mean of rows with the percentile interval of a bootstrap over groups."""
+    """The mean of rows with the percentile interval of a bootstrap over groups; of a single group without an end."""
     values = np.asarray(values_N, dtype=np.float64)
     if len(values) == 0:
         return Estimate(math.nan, -math.inf, math.inf)
+    if len(np.unique(np.asarray(groups))) < 2:
+        return Estimate(float(values.mean()), -math.inf, math.inf)
     weights = multiplicities(groups, seed=seed)
     return percentile(float(values.mean()), weights @ values / weights.sum(axis=1))
 
