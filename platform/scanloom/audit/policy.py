@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from scanloom.audit.report import Report
-from scanloom.audit.verdicts import apart, worth
+from scanloom.audit.verdicts import apart, betrayal, worth
 from scanloom.errors import RecipeError
 from scanloom.section import Count, Fraction, Positive, Section, first_faults
 
@@ -29,6 +29,8 @@ class CopiesGate(Section):
     """Share of further patients that the threshold promises not to exceed: a coarse one proves little."""
     least_looked_at: Fraction = 0.1
     """Share of the dataset's images that were looked at."""
+    least_looked_up: Fraction = 1.0
+    """Share of the corpus's training scans that they were held against."""
     excess_allowed: bool = False
     """Whether copies may be more frequent than among held-out patients."""
 
@@ -154,6 +156,8 @@ def _copies(gate: CopiesGate, report: Report) -> Iterator[Gate]:
         yield _missing("copies")
         return
     yield _at_least("copies.looked_at", subject.looked_at / max(1, subject.images), gate.least_looked_at)
+    looked_up = copies.train_scans / max(1, copies.corpus_scans)
+    yield _at_least("copies.training scans looked up", looked_up, gate.least_looked_up)
     yield _at_most("copies.promised false positives", copies.promised, gate.most_false_positives)
     yield _at_least("copies.recall of planted copies", copies.lowest_slight_recall, gate.least_recall)
     yield _at_most("copies.rate (upper end)", _or(copies.synthetic_rate.high, 1.0), gate.most_copy_rate)
@@ -188,13 +192,17 @@ def _fairness(gate: FairnessGate | None, report: Report) -> Iterator[Gate]:
     if report.fairness is None:
         yield _missing("fairness")
         return
+    held = 0
     for reading in report.fairness:
-        gap = apart(reading)
-        if not reading.small and reading.share and gap is not None:
-            yield _at_most(f"fairness.{reading.name} in {reading.cell}", gap, gate.most_gap)
+        off = apart(reading)
+        if not reading.small and reading.share and off is not None:
+            held += 1
+            yield _at_most(f"fairness.{reading.name} in {reading.cell}", off, gate.most_gap)
+    if not held:
+        yield _missing("fairness")
     if gate.most_parity_gap is None:
         return
-    if report.gaps is None:
+    if not report.gaps:
         yield _missing("fairness by group")
     for gap in (*(report.gaps or ()), *(report.utility.gaps if report.utility else ())):
         if gap.beyond_chance and gap.gap.value is not None:
@@ -209,7 +217,7 @@ def _membership(gate: MembershipGate | None, report: Report) -> Iterator[Gate]:
         yield _missing("membership")
         return
     attacks = report.membership.attacks
-    auc = max(_or(one.auc.high, 1.0) for one in attacks)
+    auc = max(_or(betrayal(one), 1.0) for one in attacks)
     yield _at_most("membership.AUC of the best attack (upper end)", auc, gate.most_auc)
     tpr = max(_or(one.tpr.high, 1.0) for one in attacks)
     yield _at_most("membership.recognised at 1 % false alarms (upper end)", tpr, gate.most_tpr)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scanloom.audit.report import Beside, Interval, Membership, Reading, Report, Usefulness, Utility
+from scanloom.audit.report import Beside, Interval, Membership, MembershipAttack, Reading, Report, Usefulness, Utility
 
 Grade = Literal["good", "look", "bad", "unmeasured"]
 
@@ -18,6 +18,7 @@ RECALL = 0.95
 """Of planted copies that change little, so many must be found before none found means none there."""
 _NEAR, _FAR = 0.1, 0.25
 _MOST, _HALF = 0.9, 0.5
+_TELLING = 0.6
 LOWER_IS_BETTER = frozenset({"frechet", "kid", "frd"})
 
 
@@ -101,32 +102,47 @@ def _contains(report: Report) -> _Told | None:
         )  # fmt: skip
     found = "No image is" if not copies.synthetic_copies else f"{copies.synthetic_copies:,} of {looked:,} images are"
     power = f"Of training scans that were changed a little and planted, at least {of_100(copies.lowest_slight_recall)}"
+    power += " of each kind were found"
     alike = f"{found} as alike to a training scan as copies are; {others}."
-    if copies.lowest_slight_recall < RECALL:
-        return "look", "None was found, but some could have been missed.", f"{alike} {power} of each kind were found."
     if copies.synthetic_copies:
-        return "look", "It need not, but some images need a look.", (
-            f"{alike} So many can be chance. {power} of each kind were found."
+        return "look", "It need not, but some images need a look.", f"{alike} So many can be chance. {power}."
+    if copies.lowest_slight_recall < RECALL:
+        return "look", "None was found, but some could have been missed.", f"{alike} {power}."
+    if copies.train_scans < copies.corpus_scans:
+        return "look", "None was found among the training scans that were looked up.", (
+            f"{alike} Only {copies.train_scans:,} of {copies.corpus_scans:,} training scans were looked up. {power}."
         )  # fmt: skip
-    return "good", "No copy was found.", f"{alike} {power} of each kind were found: copies would have been seen."
+    answer = "No copy was found." if looked >= report.subject.images else f"No copy was found among {looked:,} images."
+    return "good", answer, f"{alike} {power}: copies would have been seen."
 
 
 def _betrays(report: Report) -> _Told | None:
     membership: Membership | None = report.membership
-    if membership is None or not membership.attacks:
+    attacks = [] if membership is None else [one for one in membership.attacks if betrayal(one) is not None]
+    if not attacks:
         return None
-    worst = max(membership.attacks, key=lambda one: one.auc.value or 0.0)
+    worst = max(attacks, key=lambda one: abs((one.auc.value or 0.5) - 0.5))
+    right = max(worst.auc.value or 0.5, 1 - (worst.auc.value or 0.5))
     why = (
         f"Given two scans, one that the generator learned from and one that it did not, the best of "
-        f"{len(membership.attacks)} attacks names the right one {of_100(worst.auc.value)} times; guessing gives 50. "
+        f"{len(attacks)} attacks names the right one {of_100(right)} times; guessing gives 50. "
         f"With one false alarm in 100 it recognises {of_100(worst.tpr.value)} of the scans; guessing gives 1."
     )
-    betrayed = [one for one in membership.attacks if one.auc.low is not None and one.auc.low > 0.5]
-    if not betrayed:
-        return "good", "Not by the attacks that were tried.", why
+    betrayed = [one for one in attacks if (one.auc.low or 0.0) > 0.5 or (one.auc.high or 1.0) < 0.5]
     if any(one.tpr.low is not None and one.tpr.low > 0.01 for one in betrayed):
         return "bad", "Yes, of some people, to whoever holds the generator.", why
-    return "look", "A little better than by guessing, to whoever holds the generator.", why
+    if betrayed:
+        return "look", "A little better than by guessing, to whoever holds the generator.", why
+    if max(betrayal(one) or 1.0 for one in attacks) > _TELLING:
+        return "look", "Not shown, but too few scans were tried to rule it out.", why
+    return "good", "Not by the attacks that were tried.", why
+
+
+def betrayal(one: MembershipAttack) -> float | None:
+    """The highest AUC that an attack, or its reverse, may have; None where it cannot be told."""
+    if one.auc.low is None or one.auc.high is None:
+        return None
+    return max(one.auc.high, 1 - one.auc.low)
 
 
 def _looks_real(report: Report) -> _Told | None:
