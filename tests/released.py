@@ -67,7 +67,7 @@ def copies(**changes: Any) -> Copies:
     """Copies as they are where all is well, but for the changes."""
     found: dict[str, Any] = {
         "tau": 0.9, "asked": 0.01, "promised": 0.01, "at_most": 0.03, "calibration_patients": 99,
-        "calibration_scans": 140, "train_scans": 400,
+        "calibration_scans": 140, "train_scans": 400, "corpus_scans": 400,
         "power": [PlantedRecall(
             plant="as it is", strength="slight", recall=Interval(value=1.0, low=0.99, high=1.0), traced=1.0, copies=400,
         )],

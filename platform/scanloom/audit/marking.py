@@ -25,7 +25,7 @@ from scanloom.artefact import Artefact, FileEntry
 from scanloom.dicom.checks import claims_identity_removed, violations
 from scanloom.dicom.released import released
 from scanloom.errors import ArtefactError, StoreError
-from scanloom.sampling.dataset import DICOM, IMAGES
+from scanloom.sampling.dataset import DICOM, IMAGES, REJECTS
 from scanloom.shards.commit import ShardPart, part_key
 from scanloom.shards.reader import read_parquet
 from scanloom.shards.writer import parquet_bytes, tar_bytes
@@ -133,11 +133,15 @@ def mark_shard(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def marked_files(dataset: Artefact) -> tuple[list[FileEntry], list[FileEntry]]:
-    """The Parquet shards that are to be marked, and the files that are copied as they are."""
-    if not dataset.files(DICOM):
-        return [], list(dataset.manifest.files)
-    marked = [file for file in dataset.files(IMAGES) if file.path.endswith(".parquet")]
-    left = {file.path for file in (*marked, *dataset.files(DICOM))}
+    """The Parquet shards that are to be marked, and the files that are copied as they are.
+
+    Rejects are neither: how alike a refused draw was to a training scan is no matter of receivers.
+    """
+    left = {file.path for file in dataset.files(REJECTS)}
+    marked = []
+    if dataset.files(DICOM):
+        marked = [file for file in dataset.files(IMAGES) if file.path.endswith(".parquet")]
+        left |= {file.path for file in (*marked, *dataset.files(DICOM))}
     return marked, [file for file in dataset.manifest.files if file.path not in left]
 
 

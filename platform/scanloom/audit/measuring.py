@@ -65,7 +65,7 @@ from scanloom.audit.report import (
     Subgroup,
     Subject,
 )
-from scanloom.audit.scans import Row, in_batches, pixels_of, shards, spread, spread_count, square
+from scanloom.audit.scans import Row, count, in_batches, pixels_of, shards, spread, spread_count, square
 from scanloom.audit.scorecard import scorecard
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import Probe, load_probe
@@ -229,7 +229,9 @@ def make_audit(config: Mapping[str, Any]) -> Measured:
         job.settings.copies.false_positive_share, detector.scale,
     )  # fmt: skip
     found, held_out = detector.look_up(images.vectors), detector.look_up(check.vectors)
-    copies = _copies(job, detector, threshold, train, calibration, check, images, found, held_out)
+    copies = _copies(
+        job, detector, threshold, train, calibration, check, images, found, held_out, count(corpus, "train")
+    )
     if canaries := _canaries_of(dataset):
         times = [times_trained(canaries, name) for name in train.ids]
         repeated = reproduced(detector, threshold, images.vectors, times)
@@ -305,7 +307,7 @@ def _held_out(corpus: Artefact, real: Callable[[str], Seen]) -> tuple[Seen, Seen
 
 def _copies(
     job: AuditJob, detector: Embeddings, threshold: Threshold, train: Seen, calibration: Seen, check: Seen,
-    images: Seen, found: Found, held_out: Found,
+    images: Seen, found: Found, held_out: Found, scans: int,
 ) -> Copies:  # fmt: skip
     settings = job.settings.copies
     planted = slice(0, settings.planted_scans)
@@ -318,6 +320,7 @@ def _copies(
     return Copies(
         tau=threshold.tau, asked=threshold.asked, promised=threshold.promised, at_most=threshold.at_most,
         calibration_patients=threshold.patients, calibration_scans=threshold.scans, train_scans=len(train),
+        corpus_scans=scans,
         power=tuple(_recall(one) for one in recalls), synthetic_rate=Interval.of(rates.synthetic),
         synthetic_copies=rates.copies, copied_scans=rates.copied_scans, held_out_rate=Interval.of(rates.held_out),
         held_out_scans=rates.held_out_scans, excess=rates.excess,

@@ -86,7 +86,8 @@ def _copies(report: Report, likenesses: Likenesses) -> Iterator[str]:
     yield "<h2>Copies of training scans</h2>"
     yield (
         "<p>An encoder that learned to recognise a scan however it is shifted, turned, mirrored or changed in contrast "
-        "looked up every image among all training scans. What counts as a copy follows from "
+        f"looked up every image among {copies.train_scans:,} of {copies.corpus_scans:,} training scans. What counts as "
+        "a copy follows from "
         f"{copies.calibration_patients} patients that nobody trained on: of further people like them at most "
         f"{copies.promised:.1%} on average have a scan to the right of the line.</p>"
     )

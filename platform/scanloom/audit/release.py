@@ -18,13 +18,14 @@ from scanloom.artefact import (
     Artefact,
     FileEntry,
     Lineage,
+    Manifest,
     find_artefact,
     lineage,
     open_artefact,
     publish,
     verify,
 )
-from scanloom.audit.bundle import SIGNATURE, Signer, fingerprint, seal
+from scanloom.audit.bundle import SIGNATURE, SUMS, Signer, fingerprint, seal
 from scanloom.audit.cards import dataset_card, model_card, terms_page
 from scanloom.audit.croissant import croissant
 from scanloom.audit.marking import Spread, copy_file, examine_file, in_threads, jobs, mark_shard, marked_files
@@ -143,9 +144,9 @@ def _sources(dataset: Artefact, audit: Artefact) -> list[tuple[str, ...]]:
     # Probe and gate may have learned from other scans, which is no matter of copies.
     learned = _ancestors(dataset, [entry for entry in dataset.manifest.inputs if entry.role == "generator"])
     corpora = [artefact.digest for artefact in learned if artefact.manifest.kind == "corpus"]
-    if corpus not in corpora:
+    if set(corpora) != {corpus}:
         raise ReleaseRefused(
-            f"{dataset.uri}: audit of another corpus: {corpus[:12]}, the limit is what the generator learned from: "
+            f"{dataset.uri}: audit of another corpus: {corpus[:12]}, the limit is all that the generator learned from: "
             f"{', '.join(digest[:12] for digest in corpora) or 'none'}"
         )
     return sorted(found.values())
@@ -204,11 +205,11 @@ def _bundle(
         "original": request.dataset.digest,
         "audit": audit.digest, "policy": hashlib.sha256(request.policy_text).hexdigest(),
         "target": request.policy.target, "gates": [asdict(gate) for gate in told],
-        "made_from": [list(names) for names in sources], "signed_by": fingerprint(signer.public_key),
+        "made_from": [list(names[:2]) for names in sources], "signed_by": fingerprint(signer.public_key),
     }  # fmt: skip
     pages = {
-        f"{DATASET}/{MANIFEST}": released.manifest.model_dump_json(indent=1).encode(),
-        f"{AUDIT}/{MANIFEST}": audit.store.read(MANIFEST),
+        f"{DATASET}/{MANIFEST}": _abroad(released.manifest),
+        f"{AUDIT}/{MANIFEST}": _abroad(audit.manifest),
         POLICY: request.policy_text,
         STATEMENT: json.dumps(statement, indent=1, sort_keys=True).encode(),
         TERMS: terms_page(request.policy, sources).encode(),
@@ -219,9 +220,11 @@ def _bundle(
     for path, data in pages.items():
         target.write(path, data)
         copied.append(_entry(path, data))
+    _require_nothing_else(target, copied)
     made = publish(
         target, kind="release", name=request.dataset.manifest.name,
-        recipe={"policy": request.policy.model_dump(mode="json")}, inputs=[request.dataset, audit], files=copied,
+        recipe={"policy": request.policy.model_dump(mode="json")},
+        inputs=[_placeless(lineage(one.manifest.kind, one)) for one in (request.dataset, audit)], files=copied,
         statistics={"images": report.subject.images, "signed_by": fingerprint(signer.public_key)},
     )  # fmt: skip
     seal(target, [*copied, _entry(MANIFEST, target.read(MANIFEST))], signer)
@@ -250,7 +253,8 @@ def _files(request: Request, audit: Artefact) -> tuple[list[FileEntry], Artefact
     inside = [FileEntry.model_validate(entry) for entry in written]
     for entries in request.spread(copy_file, jobs(audit.store, kept, target, AUDIT)):
         written += entries
-    return [FileEntry.model_validate(entry) for entry in written], _released(dataset, target, inside, bool(marked))
+    changed = len(plain) < len(dataset.manifest.files)
+    return [FileEntry.model_validate(entry) for entry in written], _released(dataset, target, inside, changed)
 
 
 def _released(dataset: Artefact, target: Store, inside: Sequence[FileEntry], changed: bool) -> Artefact:
@@ -263,6 +267,35 @@ def _released(dataset: Artefact, target: Store, inside: Sequence[FileEntry], cha
         "inputs": (*dataset.manifest.inputs, lineage(ORIGINAL, dataset)),
     }
     return Artefact(target.at(DATASET), dataset.manifest.model_copy(update=told))
+
+
+def _require_nothing_else(target: Store, files: Sequence[FileEntry]) -> None:
+    """Raise ArtefactError where the target holds what this release did not write: it would leave with it."""
+    known = {file.path for file in files} | {MANIFEST, SUMS}
+    if other := next((found.key for found in target.list() if found.key not in known), None):
+        raise ArtefactError(f"{target.uri_of(other)}: is none of this release's files; release into an empty place")
+
+
+def _abroad(manifest: Manifest) -> bytes:
+    """The manifest for receivers: without the places of this site's stores. Its digest is the same."""
+    told = {
+        "recipe": _without_places(manifest.recipe), "statistics": _without_places(manifest.statistics),
+        "inputs": tuple(map(_placeless, manifest.inputs)),
+    }  # fmt: skip
+    return manifest.model_copy(update=told).model_dump_json(indent=1).encode()
+
+
+def _placeless(entry: Lineage) -> Lineage:
+    return entry.model_copy(update={"uri": f"sha256:{entry.digest}"})
+
+
+def _without_places(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_places(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_places(value) for value in tree]
+    is_place = isinstance(tree, str) and ("://" in tree or tree.startswith(("/", "./", "~")))
+    return "withheld" if is_place else tree
 
 
 def _entry(path: str, data: bytes) -> FileEntry:

@@ -102,6 +102,9 @@ class Copies(_Record):
     calibration_patients: int
     calibration_scans: int
     train_scans: int
+    """Looked up."""
+    corpus_scans: int
+    """In the train split."""
     power: tuple[PlantedRecall, ...]
     synthetic_rate: Interval
     synthetic_copies: int
