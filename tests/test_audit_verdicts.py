@@ -86,10 +86,14 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
     ("copies", {"copies": copies()}, "good", "100 of 100 of each kind were found: copies would have been seen"),
     ("copies", {"copies": copies(synthetic_copies=3)}, "look", "3 of 900 images are as alike"),
     ("copies", {"copies": copies(excess=True, synthetic_copies=300, copied_scans=40)}, "bad", "one of 40 training"),
+    ("copies", {"copies": copies(synthetic_copies=40, power=[])}, "look", "40 of 900 images are as alike"),
+    ("copies", {"copies": copies(train_scans=50)}, "look", "Only 50 of 400 training scans were looked up."),
     ("copies", {"copies": copies(power=[])}, "look", "at least 0 of 100 of each kind were found."),
     ("membership", {"membership": attacked(around(0.51), around(0.01))}, "good", "51 of 100 times; guessing gives 50"),
     ("membership", {"membership": attacked(around(0.55), around(0.02))}, "look", "recognises 2 of 100"),
     ("membership", {"membership": attacked(around(0.8), around(0.3))}, "bad", "recognises 30 of 100"),
+    ("membership", {"membership": attacked(around(0.9, 0.5), around(0.01))}, "look", "90 of 100 times"),
+    ("membership", {"membership": attacked(around(0.1), around(0.0, 0.001))}, "look", "90 of 100 times"),
     ("likeness", {"fidelity": likeness()}, "good", "80 of 100 images lie where real scans lie"),
     ("likeness", {"fidelity": likeness(kid=beside(0.2, 0.01))}, "look", "80 of 100"),
     ("likeness", {"fidelity": likeness(precision=beside(0.3, 0.8))}, "bad", "30 of 100 images"),
@@ -119,9 +123,9 @@ def test_what_was_not_measured_has_no_verdict() -> None:
     assert [one.grade for one in found] == ["unmeasured"] * 6
     assert worth(learned(synthetic=0.9), "synthetic") is None
     assert worth(learned(real=0.5, synthetic=0.9), "synthetic") is None
-    found = worth(learned(real=0.9, synthetic=0.7), "synthetic")
-    assert found is not None
-    assert found.value == pytest.approx(0.5)
+    half = worth(learned(real=0.9, synthetic=0.7), "synthetic")
+    assert half is not None
+    assert half.value == pytest.approx(0.5)
     assert MEAN == LABELS_MEAN
 
 

@@ -90,6 +90,35 @@ def test_nothing_that_shows_a_training_scan_leaves(chain: Chain) -> None:
     assert [found.key for found in made.store.list() if PRIVATE in found.key] == []
 
 
+def test_nothing_else_leaves_with_it(chain: Chain) -> None:
+    target = Store(str(chain.folder / "bundle"))
+    target.write("private/scan.png", b"a real scan")
+    with pytest.raises(ArtefactError, match=r"private/scan.png: is none of this release's files"):
+        released(chain)
+    assert not target.exists(SIGNATURE)
+    target.delete(["private/scan.png"])
+    assert check(released(chain).store).problems == ()
+
+
+def test_no_place_of_the_site_is_named(chain: Chain) -> None:
+    made = released(chain)
+    told = [found.key for found in made.store.list() if str(chain.folder).encode() in made.store.read(found.key)]
+    assert told == []
+    assert open_artefact(f"{made.uri}/audit").digest == chain.audit.digest
+
+
+def test_what_was_refused_while_images_were_made_stays(chain: Chain) -> None:
+    images = chain.dataset
+    images.store.write("rejects/shard-000000-0123456789ab.parquet", b"how alike each was to a training scan")
+    entry = FileEntry.of(images.store.digest("rejects/shard-000000-0123456789ab.parquet"))
+    told = images.manifest.model_copy(update={"files": (*images.manifest.files, entry)})
+    images.store.write(MANIFEST, told.model_dump_json(indent=1).encode())
+    images = open_artefact(images.uri, "dataset")
+    made = released(chain, of=images, audited=audit(str(chain.folder / "again"), images, chain.corpus))
+    assert [found.key for found in made.store.list() if "rejects" in found.key] == []
+    assert list(verify(open_artefact(f"{made.uri}/dataset"))) == []
+
+
 def test_the_list_is_one_that_sha256sum_reads(chain: Chain) -> None:
     made = released(chain)
     done = subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=made.uri, check=False, capture_output=True)

@@ -41,8 +41,8 @@ def bundle(chain: Chain, name: str, of: Artefact | None = None) -> Artefact:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())) or "DX")
 def test_a_marked_file_is_the_one_that_would_have_been_written_marked(kind: dict[str, Any]) -> None:
     instance = replace(INSTANCE, **kind)
-    dtype = np.uint8 if instance.bits_stored == 8 else np.uint16
-    pixels = np.random.default_rng(0).integers(0, 200, (9, 7)).astype(dtype)
+    drawn = np.random.default_rng(0).integers(0, 200, (9, 7))
+    pixels = drawn.astype(np.uint8) if instance.bits_stored == 8 else drawn.astype(np.uint16)
     plain = render(pixels, instance)
     marked = released(plain, "scanloom audit 0123456789ab")
     assert marked == render(pixels, replace(instance, audit="scanloom audit 0123456789ab"))

@@ -79,17 +79,17 @@ def _fields(dataset: Artefact) -> Iterator[dict[str, Any]]:
             continue
         repeated = pa.types.is_list(column.type)
         kind = column.type.value_type if repeated else column.type
-        yield _field(column.name, _data_type(kind), **({"repeated": True} if repeated else {}))
+        yield _field(column.name, _data_type(kind)) | ({"repeated": True} if repeated else {})
 
 
-def _field(name: str, data_type: str, transform: Mapping[str, str] | None = None, **more: Any) -> dict[str, Any]:
+def _field(name: str, data_type: str, transform: Mapping[str, str] | None = None) -> dict[str, Any]:
     source: dict[str, Any] = {"fileSet": {"@id": _SHARDS}, "extract": {"column": name}}
     if transform is not None:
         source["transform"] = transform
     described = _DESCRIBED.get(name, f"{name}, as asked of the generator.")
     return {
         "@type": "cr:Field", "@id": f"{_ROWS}/{name}", "name": name, "description": described,
-        "dataType": data_type, "source": source, **more,
+        "dataType": data_type, "source": source,
     }  # fmt: skip
 
 
