@@ -126,7 +126,8 @@ def _betrays(report: Report) -> _Told | None:
     why = (
         f"Given two scans, one that the generator learned from and one that it did not, the best of "
         f"{len(attacks)} attacks names the right one {of_100(right)} times; guessing gives 50. "
-        f"With one false alarm in 100 it recognises {of_100(worst.tpr.value)} of the scans; guessing gives 1."
+        f"With one false alarm in 100 it recognises {of_100(worst.tpr.value)} of the scans; guessing gives 1. "
+        "The best of several can be a little better by chance."
     )
     betrayed = [one for one in attacks if (one.auc.low or 0.0) > 0.5 or (one.auc.high or 1.0) < 0.5]
     if any(one.tpr.low is not None and one.tpr.low > 0.01 for one in betrayed):
