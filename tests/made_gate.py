@@ -28,6 +28,7 @@ from tests.tiny_generator import publish_generator
 SCANS = 240
 SETTINGS: dict[str, Any] = {
     "size_px": SIZE, "channels": [16, 32, 64], "width": 64, "steps": 60, "batch_size": 48, "planted_scans": 60,
+    "least_recall": 0.0,
 }  # fmt: skip
 
 

@@ -114,9 +114,10 @@ def test_a_verdict_does_not_depend_on_who_shares_the_call(
 
 
 def test_a_verdict_shows_how_alike_and_how_alike_it_may_be() -> None:
-    judge = Privacy(0.9, lambda pixels: np.array([0.95, 0.9, -1.0]))
-    told = judge(np.zeros((3, 4, 4), np.uint8), [{}, {}, {}])
-    assert told == [Verdict("gate", {"likeness": 0.95, "most": 0.9}), PASSES, PASSES]
+    judge = Privacy(0.9, lambda pixels: np.array([0.95, 0.9, -1.0, np.nan]))
+    told = judge(np.zeros((4, 4, 4), np.uint8), [{}] * 4)
+    assert told[:3] == [Verdict("gate", {"likeness": 0.95, "most": 0.9}), PASSES, PASSES]
+    assert told[3].reason == "gate"
 
 
 # --- in generation --------------------------------------------------------------------------------------------
@@ -238,6 +239,17 @@ def test_what_is_no_gate_or_is_damaged_is_refused(store: Path, made: Artefact, t
     index.write_bytes(bytes(content))
     with pytest.raises(ArtefactError, match=rf"{INDEX}: changed since it was written"):
         load_gate(str(tmp_path))
+
+
+def test_a_gate_that_sees_no_copies_or_refuses_anybody_is_not_made(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus").symlink_to(store / "corpus")
+    with pytest.raises(
+        ArtefactError, match=r"of planted copies, .* it refuses 0\.\d+, the limit is 1 \(gate\.least_recall\)"
+    ):
+        publish_gate(tmp_path, steps=1, least_recall=1.0)
+    with pytest.raises(ArtefactError, match=r"calibrated on 30 patients, .* chance of 0\.032, the limit is 0\.02"):
+        publish_gate(tmp_path, steps=1, most_false_positives=0.02)
+    assert not (tmp_path / "gate" / CARD).exists()
 
 
 def test_a_corpus_without_held_out_patients_has_no_gate(tmp_path: Path) -> None:

@@ -61,13 +61,13 @@ def seconds(engine: Engine, plan: Plan, gate: PrivacyGate | None) -> float:
 
 
 def look_ms(gate: PrivacyGate, images: int) -> float:
-    """Wall time in ms to look at so many images of 64 px in one call, the best of some."""
+    """CPU time in ms to look at so many images of 64 px in one call, the best of some."""
     pixels: Any = np.random.default_rng(1).integers(0, 256, (images, 64, 64)).astype(np.uint8)
     best = float("inf")
     for _ in range(CALLS):
-        started = time.perf_counter()
+        started = time.process_time()
         gate.likeness(pixels, 8)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, time.process_time() - started)
     return 1e3 * best
 
 

@@ -40,8 +40,10 @@ from scanloom.shards.writer import png_pixels
 from scanloom.store import Store
 
 _OF_GATES = 1 << 62
-# Where it is trained does not change what comes out; how many workers do.
-_PLACE = {"cpus_per_worker", "use_gpu", "max_failures", "checkpoint_every_steps"}
+# Where it is trained and what is asked of it does not change what comes out; how many workers do.
+_PLACE = {
+    "cpus_per_worker", "use_gpu", "max_failures", "checkpoint_every_steps", "least_recall", "most_false_positives",
+}  # fmt: skip
 _BATCH = 32
 
 
@@ -121,7 +123,7 @@ def make_gate(config: Mapping[str, Any], *shards: Indexed) -> tuple[GateCard, li
     """Write the gate of a corpus whose train shards are indexed; its card, and the entries of all its files.
 
     `config` is a GateJob as a dict; the trained encoder lies in the gate's folder already. ArtefactError where the
-    corpus has too few held-out patients to calibrate and to check.
+    corpus has too few held-out patients to calibrate and to check, or the gate would not see what it is there for.
     """
     job = GateJob.model_validate(config)
     corpus, target, settings = open_artefact(job.corpus_uri, "corpus"), Store(job.gate_uri), job.settings
@@ -147,9 +149,26 @@ def make_gate(config: Mapping[str, Any], *shards: Indexed) -> tuple[GateCard, li
             for plant, one in zip(plants, planted, strict=True)
         ),
     })  # fmt: skip
+    _require_seeing(card, settings, target.uri)
     target.write(INDEX, index_of(views))
     target.write(CARD, card.model_dump_json(indent=1).encode())
     return card, [FileEntry.of(target.digest(name)) for name in (ENCODER, INDEX, CARD)]
+
+
+def _require_seeing(card: GateCard, settings: Gate, where: str) -> None:
+    if card.promised > settings.most_false_positives:
+        raise ArtefactError(
+            f"{where}: calibrated on {card.calibration_patients} patients, the next is refused with a chance of "
+            f"{card.promised:.3f}, the limit is {settings.most_false_positives:g} (gate.most_false_positives); hold "
+            "out more patients"
+        )
+    if card.lowest_slight < settings.least_recall:
+        worst = min((one for one in card.power if one.strength == "slight"), key=lambda one: one.refused.value)
+        raise ArtefactError(
+            f"{where}: of planted copies, {worst.plant}, it refuses {worst.refused.value:.3f}, the limit is "
+            f"{settings.least_recall:g} (gate.least_recall): a gate that sees no copies is none; train it longer "
+            "(gate.steps, in another folder or after deleting this one), or on more scans"
+        )
 
 
 @dataclass(frozen=True)

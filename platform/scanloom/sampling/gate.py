@@ -30,8 +30,9 @@ class Privacy:
     likeness: Callable[[NDArray[Any]], NDArray[np.float64]]
 
     def __call__(self, pixels_NHW: NDArray[Any], requested: Sequence[Attributes]) -> list[Verdict]:
+        # What is no number does not pass either.
         return [
-            Verdict("gate", {"likeness": alike, "most": self.tau}) if alike > self.tau else PASSES
+            PASSES if alike <= self.tau else Verdict("gate", {"likeness": alike, "most": self.tau})
             for alike in self.likeness(pixels_NHW).tolist()
         ]
 
