@@ -180,3 +180,9 @@ def test_the_page_begins_with_the_verdicts_and_needs_nothing_else() -> None:
     assert text.count("<h3>Co") == 7
     assert "Not measured: none of the questions above." in text
     assert "Not measured: copies, membership, likeness, variety, fairness, utility." in page(told(), LIKENESSES, b"")
+
+
+def test_names_are_drawn_as_they_are() -> None:
+    named = tuple(reading(0.3, 0.3, name=name) for name in (r"$\frac{$", "a$b$", "long " * 80))
+    alike = Likenesses(tau=1.0, held_out=(1.0000001,), synthetic=(1.0000001,), planted=(1.0000001,))
+    assert "data:image/png" in page(told(fairness=named, copies=copies()), alike, b"")

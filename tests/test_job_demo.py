@@ -23,7 +23,8 @@ RECIPE = ROOT / "jobs" / "recipes" / "demo.yaml"
 SMALL = (
     "finetune.workers=1", "generate.engines=1", "finetune.steps=4", "finetune.warmup_steps=1",
     "finetune.log_every_steps=2", "generate.images=32", "generate.images_per_shard=16", "generate.steps=2",
-    "generate.slots=8",
+    "generate.slots=8", "audit.copies.steps=4", "audit.copies.planted_scans=8", "audit.membership.scans=8",
+    "audit.utility=null",
 )  # fmt: skip
 
 
@@ -133,12 +134,14 @@ def test_the_demo_runs_from_phantoms_to_contact_sheet_and_a_second_run_makes_not
     assert figures["real"]["auc"] > 0.95
     assert Image.open(tmp_path / "contact-sheet.png").size[0] > 800
     before = (tmp_path / "contact-sheet.png").read_bytes()
+    assert "the audit says: copies: " in first.stdout
+    assert "Does it contain anybody's scan?" in (tmp_path / "report.html").read_text()
     with EmbeddedS3(tmp_path / "s3") as s3:
         for name, value in s3.environment.items():
             monkeypatch.setenv(name, value)
         found = {
             kind: open_artefact(f"s3://scanloom-demo/run/{kind}").digest
-            for kind in ("corpus", "autoencoder", "latents", "generator", "dataset")
+            for kind in ("corpus", "autoencoder", "latents", "generator", "dataset", "dataset-audit")
         }
         assert open_artefact("s3://scanloom-demo/run/dataset").manifest.statistics["rows"] == 32
         assert open_artefact("s3://scanloom-demo/run/corpus").manifest.statistics["quarantined"] != {}

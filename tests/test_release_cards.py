@@ -119,3 +119,9 @@ def test_an_attack_on_another_generator_counts_for_nothing(tmp_path: Path) -> No
         ReleaseRefused, match="audit: attacked the generator eeeeeeeeeeee, the limit is the dataset's own"
     ):
         bundle(chain)
+
+
+def test_a_licence_cannot_break_its_table(tmp_path: Path) -> None:
+    policy = POLICY.replace("terms: CC0-1.0", 'terms: "a | b\\n<script>"')
+    told = bundle(Chain.made(tmp_path), policy).store.read("TERMS.md").decode()
+    assert r"| phantoms | a \| b &lt;script> | research, commercial |" in told

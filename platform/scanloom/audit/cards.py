@@ -113,11 +113,12 @@ def _envelope(corpora: Sequence[Artefact]) -> list[tuple[str, str]]:
 
 def terms_page(policy: Policy, sources: Sequence[tuple[str, ...]]) -> str:
     """TERMS.md: under which terms each source was used."""
-    lines = [f"# Terms\n\nReleased for: {policy.target}.\n", "| made from | terms | they allow |", "|---|---|---|"]
+    rows = []
     for names in sources:
         terms = next(licence for licence in policy.licences if licence.of in names)
-        lines.append(f"| {names[0]} | {terms.terms} | {', '.join(terms.allows)} |")
-    return "\n".join(lines) + "\n"
+        rows.append((names[0], terms.terms, ", ".join(terms.allows)))
+    table = _table(("made from", "terms", "they allow"), rows)
+    return f"# Terms\n\nReleased for: {policy.target}.\n\n{table}\n"
 
 
 def _copies(copies: Copies | None) -> str:
@@ -149,4 +150,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ def likeness_png(likenesses: Likenesses) -> bytes:
         "synthetic images": np.asarray(likenesses.synthetic),
         "planted copies": np.asarray(likenesses.planted),
     }
-    low = min((float(values.min()) for values in shown.values() if len(values)), default=0.0)
+    low = min([0.99, *(float(values.min()) for values in shown.values() if len(values))])
     # The encoder's likeness is a cosine; what is above 1 is rounding.
     bins = np.linspace(low, 1.0, 60)
     for (name, values), colour in zip(shown.items(), _COLOURS, strict=False):
@@ -62,10 +63,10 @@ def intervals_png(rows: Sequence[Row], about: str, span: tuple[float, float], gu
             [max(0.0, value - (value if one.low is None else one.low)) for _, one, value in known],
             [max(0.0, (value if one.high is None else one.high) - value) for _, one, value in known],
         ]
-        axes.errorbar(values, height, xerr=ends, fmt="o", ms=4, lw=1.3, color=_COLOURS[number % 4], label=name)
+        axes.errorbar(values, height, xerr=ends, fmt="o", ms=4, lw=1.3, color=_COLOURS[number % 4], label=_label(name))
     if guess is not None:
         axes.axvline(guess, color="black", linestyle=":", lw=1, label="guessing")
-    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_yticks(range(len(rows)), [_label(row.label) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(*span)
     axes.set_xlabel(about)
@@ -74,6 +75,11 @@ def intervals_png(rows: Sequence[Row], about: str, span: tuple[float, float], gu
     if len(series) > 1 or guess is not None:
         axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     return _png(figure)
+
+
+def _label(text: str) -> str:
+    """Short enough to be drawn, and nothing in it mathematics."""
+    return textwrap.shorten(text, 60, placeholder="...").replace("$", r"\$")
 
 
 def _png(figure: Figure) -> bytes:
