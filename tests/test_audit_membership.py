@@ -182,3 +182,19 @@ def told_of(corpus: Artefact, generator: Artefact) -> Membership:
     settings = MembershipInference()
     job = MembershipJob(settings=settings, seed=0, corpus_uri=corpus.uri, generator_uri=generator.uri)
     return attack(job.model_dump(mode="json"))
+
+
+def test_of_few_others_guessing_finds_more_members() -> None:
+    def told(others: int) -> Membership:
+        return Membership(
+            generator="0", members=200, others=others, member_patients=200, other_patients=others, attacks=()
+        )  # fmt: skip
+
+    random = np.random.default_rng(3)
+    for others in (40, 100, 250):
+        found = []
+        for _ in range(400):
+            errors = random.standard_normal(others + 200)
+            threshold = np.sort(errors[:others])[others // 100]
+            found.append((errors[others:] < threshold).mean())
+        assert np.mean(found) == pytest.approx(told(others).guessed_tpr, rel=0.2)

@@ -281,10 +281,12 @@ def _entry(path: str, data: bytes) -> FileEntry:
 
 
 def _canaries_of(dataset: Artefact) -> CanariesSection | None:
-    """What a dataset's generator was trained with; None too where it is not there any more."""
+    """What a dataset's generator was trained with; None too where it is not there any more, or another is."""
     entry = next((entry for entry in dataset.manifest.inputs if entry.role == "generator"), None)
     generator = find_artefact(entry.uri, "generator") if entry else None
-    found = generator.manifest.recipe.get("encode", {}).get("canaries") if generator else None
+    if entry is None or generator is None or generator.digest != entry.digest:
+        return None
+    found = generator.manifest.recipe.get("encode", {}).get("canaries")
     return CanariesSection.model_validate(found) if found else None
 
 

@@ -128,7 +128,8 @@ def _membership(report: Report) -> Iterator[str]:
     rows = [Row(one.name, {"right of pairs": one.auc}) for one in found.attacks]
     yield _image(intervals_png(rows, "pairs told right (AUC, 95 % interval)", (0.3, 1.0), 0.5), "attacks")
     shown = [(one.name, str(one.auc), str(one.tpr)) for one in found.attacks]
-    yield _table(("attack", "AUC (guessing: 0.5)", "recognised at 1 % false alarms (guessing: 0.01)"), shown)
+    recognised = f"recognised at 1 % false alarms (guessing: {found.guessed_tpr:.2g})"
+    yield _table(("attack", "AUC (guessing: 0.5)", recognised), shown)
 
 
 def _likeness(report: Report, sheet_png: bytes) -> Iterator[str]:

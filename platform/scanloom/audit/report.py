@@ -189,7 +189,7 @@ class MembershipAttack(_Record):
     auc: Interval
     """0.5 where nothing is betrayed."""
     tpr: Interval
-    """Share of members found where at most one in a hundred others is taken for one; 0.01 where nothing is."""
+    """Share of members found where at most one in a hundred others is taken for one; see `guessed_tpr`."""
 
 
 class Membership(_Record):
@@ -202,6 +202,11 @@ class Membership(_Record):
     member_patients: int
     other_patients: int
     attacks: tuple[MembershipAttack, ...]
+
+    @property
+    def guessed_tpr(self) -> float:
+        """The share of members found where nothing is betrayed: of few others the threshold is a coarse rank."""
+        return (math.floor(0.01 * self.others + 1e-9) + 1) / (self.others + 1)
 
 
 class Subgroup(_Record):

@@ -118,7 +118,9 @@ def _contains(report: Report) -> _Told | None:
 
 def _betrays(report: Report) -> _Told | None:
     membership: Membership | None = report.membership
-    attacks = [] if membership is None else [one for one in membership.attacks if betrayal(one) is not None]
+    if membership is None:
+        return None
+    attacks = [one for one in membership.attacks if betrayal(one) is not None]
     if not attacks:
         return None
     worst = max(attacks, key=lambda one: abs((one.auc.value or 0.5) - 0.5))
@@ -126,11 +128,12 @@ def _betrays(report: Report) -> _Told | None:
     why = (
         f"Given two scans, one that the generator learned from and one that it did not, the best of "
         f"{len(attacks)} attacks names the right one {of_100(right)} times; guessing gives 50. "
-        f"With one false alarm in 100 it recognises {of_100(worst.tpr.value)} of the scans; guessing gives 1. "
+        f"With one false alarm in 100 it recognises {of_100(worst.tpr.value)} of the scans; guessing gives "
+        f"{of_100(membership.guessed_tpr)}. "
         "The best of several can be a little better by chance."
     )
     betrayed = [one for one in attacks if (one.auc.low or 0.0) > 0.5 or (one.auc.high or 1.0) < 0.5]
-    if any(one.tpr.low is not None and one.tpr.low > 0.01 for one in betrayed):
+    if any(one.tpr.low is not None and one.tpr.low > membership.guessed_tpr for one in betrayed):
         return "bad", "Yes, of some people, to whoever holds the generator.", why
     if betrayed:
         return "look", "A little better than by guessing, to whoever holds the generator.", why
