@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from pydicom import dcmread
 from typer.testing import CliRunner
 
-from scanloom.artefact import MANIFEST, Artefact, FileEntry, Manifest, open_artefact, verify
+from scanloom.artefact import MANIFEST, Artefact, FileEntry, Manifest, open_artefact, publish, verify
 from scanloom.audit.bundle import SIGNATURE, SUMS, Command, KeyFile, check, fingerprint, read_public_key, seal
 from scanloom.audit.policy import read_policy
 from scanloom.audit.release import CARD, ORIGINAL, STATEMENT, TERMS, Request, release
@@ -197,6 +197,19 @@ def test_an_audit_against_another_corpus_is_refused(chain: Chain) -> None:
     theirs = audit(str(chain.folder / "theirs"), chain.dataset, other)
     with pytest.raises(ReleaseRefused, match=f"audit of another corpus: {other.digest[:12]}, the limit is"):
         released(chain, audited=theirs)
+
+
+def test_an_audit_of_a_part_of_what_the_generator_learned_from_is_refused(chain: Chain) -> None:
+    store = Store(str(chain.folder / "continued"))
+    earlier = "a" * 64
+    of = publish(
+        store, kind="generator", name="tiny", recipe={}, inputs=[chain.corpus], files=chain.generator.manifest.files,
+        statistics={"corpora": [chain.corpus.digest, earlier]},
+    )  # fmt: skip
+    images = dataset(str(chain.folder / "theirs"), of)
+    theirs = audit(str(chain.folder / "their-audit"), images, chain.corpus)
+    with pytest.raises(ReleaseRefused, match=f"audit of another corpus: .* learned from: .*{earlier[:12]}"):
+        released(chain, of=images, audited=theirs)
 
 
 def test_a_lineage_that_cannot_be_followed_is_refused(chain: Chain) -> None:

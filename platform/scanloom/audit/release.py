@@ -32,6 +32,7 @@ from scanloom.audit.marking import Spread, copy_file, examine_file, in_threads, 
 from scanloom.audit.policy import Gate, Policy, gates, licence_gates
 from scanloom.audit.report import PRIVATE, REPORT, Report, read_report
 from scanloom.errors import ArtefactError, ReleaseRefused, ScanloomError
+from scanloom.sampling.gate import corpora_of
 from scanloom.store import Store
 
 STATEMENT, POLICY, TERMS = "release.json", "policy.yaml", "TERMS.md"
@@ -141,20 +142,30 @@ def _sources(dataset: Artefact, audit: Artefact) -> list[tuple[str, ...]]:
         for place in _given_weights(manifest.kind, manifest.recipe):
             found[place] = (place,)
     corpus = next(entry.digest for entry in audit.manifest.inputs if entry.role == "corpus")
-    # Probe and gate may have learned from other scans, which is no matter of copies.
-    learned = _ancestors(dataset, [entry for entry in dataset.manifest.inputs if entry.role == "generator"])
-    corpora = [artefact.digest for artefact in learned if artefact.manifest.kind == "corpus"]
-    if set(corpora) != {corpus}:
+    corpora = _learned_from(dataset)
+    if corpora != {corpus}:
         raise ReleaseRefused(
             f"{dataset.uri}: audit of another corpus: {corpus[:12]}, the limit is all that the generator learned from: "
-            f"{', '.join(digest[:12] for digest in corpora) or 'none'}"
+            f"{', '.join(digest[:12] for digest in sorted(corpora)) or 'none'}"
         )
+    for digest in corpora:
+        # One that a generator was continued from has no other name here.
+        found.setdefault(digest, (digest,))
     return sorted(found.values())
 
 
-def _ancestors(artefact: Artefact, entries: Sequence[Lineage] | None = None) -> Iterator[Artefact]:
+def _learned_from(dataset: Artefact) -> set[str]:
+    """Digests of the corpora behind the generator; probe and gate may have others, which is no matter of copies."""
+    generators = [_opened(dataset, entry) for entry in dataset.manifest.inputs if entry.role == "generator"]
+    try:
+        return {digest for generator in generators for digest in corpora_of(generator)}
+    except ArtefactError as error:
+        raise ReleaseRefused(f"{dataset.uri}: lineage: {error}, the limit is all; restore it") from error
+
+
+def _ancestors(artefact: Artefact) -> Iterator[Artefact]:
     seen: set[str] = set()
-    waiting = [(artefact, entry) for entry in (artefact.manifest.inputs if entries is None else entries)]
+    waiting = [(artefact, entry) for entry in artefact.manifest.inputs]
     while waiting:
         child, entry = waiting.pop()
         if entry.digest in seen:
