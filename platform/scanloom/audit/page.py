@@ -154,6 +154,10 @@ def _likeness(report: Report, sheet_png: bytes) -> Iterator[str]:
     ]  # fmt: skip
     columns = ("figure", "what it is", "better", "synthetic against real", "real against real", "images")
     yield f"<details><summary>All figures with their 95 % intervals</summary>{_table(columns, shown)}</details>"
+    for given in report.fidelity_given:
+        theirs = [(name, str(one.synthetic), str(one.baseline)) for name, one in given.figures.items()]
+        told = _table(("figure", "synthetic against real", "real against real"), theirs)
+        yield f"<details><summary>The same as {_plain(given.backbone)} sees it</summary>{told}</details>"
 
 
 def _lower(name: str) -> bool:
@@ -167,9 +171,13 @@ def _fairness(report: Report) -> Iterator[str]:
     if report.fairness:
         yield from _readings(report.fairness)
     if report.gaps:
-        gaps = [(one.figure, one.of, one.worst, one.best, str(one.gap)) for one in report.gaps]
+        gaps = [
+            (one.figure, one.of, one.worst, one.best, str(one.gap), "" if one.baseline is None else str(one.baseline))
+            for one in report.gaps
+        ]
         yield "<h3>How far the worst-off group lies from the best</h3>"
-        yield _table(("figure", "groups by", "worst", "best", "gap (95 % interval)"), gaps)
+        yield "<p class=note>The two were chosen after looking, which their intervals allow for.</p>"
+        yield _table(("figure", "groups by", "worst", "best", "gap (95 % interval)", "real scans"), gaps)
     if report.subgroups:
         shown = [
             (f"{one.cell}{' (few)' if one.small else ''}", name, str(beside.synthetic), str(beside.baseline),
@@ -219,6 +227,15 @@ def _utility(report: Report) -> Iterator[str]:
         Row(label, {f"from {arm}": named[label, arm] for arm in _ARMS if (label, arm) in named}) for label in labels
     ]
     yield _image(intervals_png(rows, "AUC on real scans, 95 % interval", (0.2, 1.0), 0.5), "use for training")
+    gains = [
+        (one.arm, one.label, str(one.over_real), "not known" if one.share is None else str(one.share))
+        for one in found.gains
+    ]
+    if gains:
+        yield _table(("learned from", "finding", "AUC over real scans alone", "share of what those teach"), gains)
+    if found.left_out:
+        left = "; ".join(f"{label}: {reason}" for label, reason in found.left_out.items())
+        yield f"<p class=note>Left out: {_plain(left)}.</p>"
     shown = [
         (one.label, one.cell, one.arm, str(one.auc), f"{one.positives:,} of {one.scans:,}", f"{one.seeds}",
          "few" if one.small else "")
