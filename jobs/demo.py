@@ -87,8 +87,9 @@ def _run_all(recipe: Recipe, options: argparse.Namespace) -> None:
         # A job's time stands beside the last artefact that it made.
         rows += [(a.manifest.kind, a.uri, how_many(a), "" if a is not made[-1] else _since(began)) for a in made]
     began = time.monotonic()
-    shown = [open_artefact(recipe.uri(name)) for name in ("corpus", dataset, f"{dataset}-audit")]
-    said = leave(*shown, options.folder, f"{recipe.name}: phantoms, here the real scans, and images made from them")
+    corpus, images, audit = (open_artefact(recipe.uri(name)) for name in ("corpus", dataset, f"{dataset}-audit"))
+    title = f"{recipe.name}: phantoms, here the real scans, and what was generated from them"
+    said = leave(corpus, images, audit, options.folder, title)
     rows.append(("pictures, report", str(options.folder), f"{SHEET}, {PAGE}", _since(began)))
     console.result_table(f"demo: {_since(started)} s in all", ("what", "where", "how many", "seconds"), rows)
     command = "scanloom" if shutil.which("scanloom") else os.path.relpath(Path(sys.executable).with_name("scanloom"))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_release import PUBLIC_PEM, Chain, released
+from tests.released import Chain
+from tests.test_release import PUBLIC_PEM, released
 
 ROOT = Path(__file__).resolve().parents[1]
 # What `verify` imports, and all that these import; pip of the bare environment gets nothing from elsewhere.
