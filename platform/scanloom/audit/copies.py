@@ -104,7 +104,7 @@ class Embeddings:
         best = np.full(len(self._index_RD), -math.inf)
         for rows in _blocks(len(vectors_ND), len(self._index_RD)):
             best = np.maximum(best, (vectors_ND[rows] @ self._index_RD.T).max(axis=0))
-        return best.reshape(-1, self._scans).max(axis=0)
+        return np.asarray(best.reshape(-1, self._scans).max(axis=0), dtype=np.float64)
 
     def among_train(self, patients: Sequence[str]) -> tuple[Floats, Floats]:
         """How alike each training scan is to the nearest other one of its patient, and of other patients, [R] each.
