@@ -31,8 +31,10 @@ T = TypeVar("T")
 def run_recipe(work: Callable[[Recipe], None], job: str, summary: str, argv: Sequence[str] | None) -> int:
     """Exit code of a job that takes `RECIPE [--set KEY=VALUE ...]` and does `work` on the recipe."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m jobs.{job}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog=f"python -m jobs.{job}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Whoever checks a command before it is sent to a cluster looks for options by their names.
+        allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("recipe", help="a YAML recipe, a file or s3://bucket/key; jobs/recipes holds examples")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",

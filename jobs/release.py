@@ -53,8 +53,10 @@ def _on_ray(work: Callable[[Mapping[str, Any]], T], settings: Sequence[Mapping[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs.release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="python -m jobs.release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Whoever checks a command before it is sent to a cluster looks for options by their names.
+        allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("recipe", help="a YAML recipe, a file or s3://bucket/key")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--policy", required=True, metavar="PLACE", help="YAML, a file or s3://bucket/key")

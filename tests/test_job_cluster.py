@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import ray
 
-from jobs.cluster import SPARE_CPUS, connected, interruptible, require_room
+from jobs.cluster import SPARE_CPUS, connected, interruptible, require_room, run_recipe
+from jobs.release import main as release
 from scanloom.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,3 +144,13 @@ def test_ray_is_told_no_secret_that_it_would_log(monkeypatch: pytest.MonkeyPatch
     ours, another = started
     assert "a secret" not in repr(ours)
     assert "a secret" not in repr(another)
+
+
+def test_an_option_has_one_name_and_no_shorter_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_recipe(lambda _: None, "generate", "", ["recipe.yaml", "--se", "generate.images=4"])
+    with pytest.raises(SystemExit):
+        release(["recipe.yaml", "--policy", "p.yaml", "--to", "there", "--sign", "curl"])
+    told = capsys.readouterr().err
+    assert "unrecognized arguments: --se generate.images=4" in told
+    assert "unrecognized arguments: --sign curl" in told
