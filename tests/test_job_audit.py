@@ -144,7 +144,7 @@ def test_a_memorising_dataset_is_refused_and_an_honest_one_leaves(audited: Path)
     text = (POLICY + "copies: {least_recall: 0.0, most_copy_rate: 0.1}\n").encode()
     key = KeyFile(Ed25519PrivateKey.generate())
 
-    def bundle(name: str) -> Artefact:
+    def bundle(name: str, text: bytes = text) -> Artefact:
         dataset = open_artefact(f"{audited}/{name}", "dataset")
         target = Store(f"{audited}/{name}-bundle")
         return release(Request(dataset, f"{dataset.uri}-audit", read_policy(text, "p"), text, target), key)
@@ -153,11 +153,15 @@ def test_a_memorising_dataset_is_refused_and_an_honest_one_leaves(audited: Path)
         ReleaseRefused, match=r"copies.more than among held-out patients: yes, the policy's limit is no"
     ):
         bundle("memorised")
+    # Without that, an audit that would not have found copies proves nothing.
+    with pytest.raises(ReleaseRefused, match=r"copies.recall of planted copies: 0\.\d+, the policy's limit is 0.95"):
+        bundle("honest", POLICY.encode())
     made = bundle("honest")
     assert check(made.store, key.public_key).problems == ()
     assert not made.store.exists(f"audit/{PAIRS}")
 
 
+@pytest.mark.slow
 def test_a_part_that_an_earlier_run_finished_is_not_measured_again(
     audited: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
