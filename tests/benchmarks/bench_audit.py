@@ -144,7 +144,8 @@ def whole(folder: Path, counts: list[int]) -> None:
         for count in counts:
             made = publish_dataset(
                 f"{place}/{count}", generator(f"{place}/generator-{count}", corpus), corpus,
-                lambda n: np.roll(scans[n % len(scans)].pixels_SS, n // len(scans), axis=1), count, dicom={"enabled": False},
+                lambda n: np.roll(scans[n % len(scans)].pixels_SS, n // len(scans), axis=1), count,
+                dicom={"enabled": False},
             )  # fmt: skip
             audit = Store(f"{place}/{count}-audit")
             audit.write(ENCODER, weights_of(CopyEncoder(channels, settings.copies.width)))
