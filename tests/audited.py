@@ -43,7 +43,7 @@ def publish_dataset(
     uri: str, of: Artefact, corpus: Artefact, image: Callable[[int], Pixels], images: int, **changes: Any
 ) -> Artefact:
     """A dataset whose image n is `image(n)`, uint8 [S, S]; `changes` to the recipe's section."""
-    settings = Generate(images=images, images_per_shard=100, slots=4, steps=2, **changes)
+    settings = Generate(images=images, images_per_shard=40, slots=4, steps=2, **changes)
     plan = compile_plan(specify(settings, "tiny", of.digest, corpus.manifest.statistics))
     store, files = Store(uri), []
     for shard in range(plan.shards):

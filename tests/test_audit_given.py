@@ -23,9 +23,10 @@ from scanloom.scans.phantoms import phantom
 from scanloom.shards.writer import png_bytes
 from scanloom.store import Store
 from scanloom.training.utility import lessons, train_and_score
+from tests.audited import publish_dataset
 from tests.phantom_corpus import publish_corpus
 from tests.released import generator
-from tests.test_job_audit import honest, publish_dataset
+from tests.test_job_audit import IMAGES, honest
 
 RANDOM = np.random.default_rng(4)
 HAS_FRD = all(importlib.util.find_spec(name) for name in ("frd_score", "radiomics"))
@@ -143,8 +144,8 @@ def test_a_network_in_a_store_is_the_same_as_on_a_disk(store_uri: str, vit: Path
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("given")
     corpus = publish_corpus(f"{place}/corpus", scans=96)
-    publish_dataset(f"{place}/dataset", generator(f"{place}/generator", corpus), corpus, honest)
-    publish_dataset(f"{place}/dark", generator(f"{place}/other", corpus), corpus, lambda n: honest(n) // 3)
+    publish_dataset(f"{place}/dataset", generator(f"{place}/generator", corpus), corpus, honest, IMAGES)
+    publish_dataset(f"{place}/dark", generator(f"{place}/other", corpus), corpus, lambda n: honest(n) // 3, IMAGES)
     scripted(place / "grid.pt", Grid())
     return place
 

@@ -17,9 +17,10 @@ from scanloom.models.copy_encoder import CopyEncoder, weights_of
 from scanloom.models.probe_card import CARD, WEIGHTS, ProbeCard, Reading, outputs_of
 from scanloom.recipe_audit import Audit, CopyDetection
 from scanloom.store import Store
+from tests.audited import publish_dataset
 from tests.phantom_corpus import SCHEMA, SIZE, publish_corpus
 from tests.released import generator, put
-from tests.test_job_audit import IMAGES, honest, publish_dataset
+from tests.test_job_audit import IMAGES, honest
 
 CHANNELS, WIDTH = (8, 16), 16
 
@@ -28,7 +29,7 @@ CHANNELS, WIDTH = (8, 16), 16
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("measured")
     corpus = publish_corpus(f"{place}/corpus", scans=96)
-    publish_dataset(f"{place}/dataset", generator(f"{place}/generator", corpus), corpus, honest)
+    publish_dataset(f"{place}/dataset", generator(f"{place}/generator", corpus), corpus, honest, IMAGES)
     publish_probe(f"{place}/probe")
     return place
 

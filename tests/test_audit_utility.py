@@ -21,9 +21,10 @@ from scanloom.recipe import LabelsAttribute
 from scanloom.recipe_audit import Arm, Audit, Fairness, UtilityStudy
 from scanloom.training.calibration import auc
 from scanloom.training.utility import ARMS, Material, Part, Scores, lessons, train_and_score
+from tests.audited import publish_dataset
 from tests.phantom_corpus import SIZE, publish_corpus
 from tests.released import generator
-from tests.test_job_audit import honest, publish_dataset
+from tests.test_job_audit import IMAGES, honest
 from tests.tiny_generator import SCHEMA
 
 Array = np.ndarray[Any, Any]
@@ -196,7 +197,7 @@ def test_intervals_hold_the_truth_of_other_patients_and_other_seeds(material: Ma
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("useful")
     corpus = publish_corpus(f"{place}/corpus", scans=96)
-    publish_dataset(f"{place}/dataset", generator(f"{place}/generator", corpus), corpus, honest)
+    publish_dataset(f"{place}/dataset", generator(f"{place}/generator", corpus), corpus, honest, IMAGES)
     return place
 
 
