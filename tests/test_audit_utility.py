@@ -241,10 +241,10 @@ def test_labels_may_be_named_and_values_of_categories_too(folder: Path) -> None:
 
 
 def test_a_patient_on_both_sides_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scanloom.audit.utility.HELD_OUT", ("train",))
+    monkeypatch.setattr("scanloom.audit.scans.HELD_OUT", ("train",))
     with pytest.raises(ArtefactError, match="patients are both trained on and held out"):
         read(folder)
-    monkeypatch.setattr("scanloom.audit.utility.HELD_OUT", ("holdout",))
+    monkeypatch.setattr("scanloom.audit.scans.HELD_OUT", ("holdout",))
     with pytest.raises(ArtefactError, match="holds no held-out scans"):
         read(folder)
 

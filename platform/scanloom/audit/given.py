@@ -19,8 +19,7 @@ from scanloom.audit.fidelity import Compared, Embedded, fidelity
 from scanloom.audit.intervals import Estimate
 from scanloom.audit.radiomics import Radiomics
 from scanloom.audit.report import Beside, GivenFidelity, Interval
-from scanloom.audit.scans import in_batches, shards, spread, square
-from scanloom.audit.utility import HELD_OUT
+from scanloom.audit.scans import held_out_splits, in_batches, spread, square
 from scanloom.errors import ArtefactError
 from scanloom.models.backbone import load_backbone
 from scanloom.recipe_audit import Fidelity
@@ -76,7 +75,7 @@ def look_again(config: Mapping[str, Any]) -> tuple[GivenFidelity, ...]:
 
 def _seen(looker: Looker, corpus: Artefact, dataset: Artefact, most: int) -> tuple[Embedded, Embedded, Embedded]:
     """Images, train scans and held-out scans as vectors, at most so many of each."""
-    held_out = [split for split in HELD_OUT if shards(corpus, split)]
+    held_out = held_out_splits(corpus)
     sources: Sequence[tuple[Artefact, list[str]]] = [(dataset, [IMAGES]), (corpus, ["train"]), (corpus, held_out)]
     images, train, others = (_embedded(looker, artefact, folders, most) for artefact, folders in sources)
     return images, train, others

@@ -65,7 +65,16 @@ from scanloom.audit.report import (
     Subgroup,
     Subject,
 )
-from scanloom.audit.scans import Row, count, in_batches, pixels_of, shards, spread, spread_count, square
+from scanloom.audit.scans import (
+    Row,
+    calibration_and_check,
+    count,
+    in_batches,
+    pixels_of,
+    spread,
+    spread_count,
+    square,
+)
 from scanloom.audit.scorecard import scorecard
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import Probe, load_probe
@@ -219,7 +228,7 @@ def make_audit(config: Mapping[str, Any]) -> Measured:
         return see(corpus, split, schema, embed, job.size_px, job.settings.copies.max_scans, reader)
 
     train = real("train")
-    calibration, check = _held_out(corpus, real)
+    calibration, check = calibration_and_check(corpus, real)
     images = see(dataset, IMAGES, asked, embed, job.size_px, job.settings.images, probe)
     if not len(images):
         raise ArtefactError(f"{dataset.uri}: holds no images to audit")
@@ -288,23 +297,6 @@ def _canaries_of(dataset: Artefact) -> CanariesSection | None:
         return None
     found = generator.manifest.recipe.get("encode", {}).get("canaries")
     return CanariesSection.model_validate(found) if found else None
-
-
-def _held_out(corpus: Artefact, real: Callable[[str], Seen]) -> tuple[Seen, Seen]:
-    """Scans to calibrate with, and of other patients to check on: holdout and validation, or the halves of either."""
-    splits = [split for split in ("holdout", "validation") if shards(corpus, split)]
-    seen = [one for one in map(real, splits) if len(one)]
-    if len(seen) == 2:
-        return seen[0], seen[1]
-    if not seen or len(set(seen[0].owners)) < 2:
-        raise ArtefactError(
-            f"{corpus.uri}: has scans of fewer than two held-out patients, so that nothing tells a copy from a chance "
-            "likeness; prepare more scans, or change prepare.split"
-        )
-    order = sorted(set(seen[0].owners), key=lambda owner: hashlib.sha256(owner.encode()).digest())
-    first = set(order[: (len(order) + 1) // 2])
-    chosen = np.array([owner in first for owner in seen[0].owners])
-    return seen[0].of(chosen), seen[0].of(~chosen)
 
 
 def _copies(

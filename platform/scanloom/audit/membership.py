@@ -24,7 +24,7 @@ from scanloom.artefact import Artefact, open_artefact
 from scanloom.audit.intervals import Estimate, auc, percentile, sensitivity
 from scanloom.audit.intervals import multiplicities as resamples
 from scanloom.audit.report import Interval, Membership, MembershipAttack
-from scanloom.audit.scans import Row, in_batches, pixels_of, shards, spread
+from scanloom.audit.scans import Row, held_out_splits, in_batches, pixels_of, spread
 from scanloom.errors import ArtefactError
 from scanloom.models.generator import Generator, load_generator
 from scanloom.models.noise_schedule import NoiseSchedule, PredictionType
@@ -221,7 +221,7 @@ def attack(config: Mapping[str, Any]) -> Membership:
     job = MembershipJob.model_validate(config)
     corpus = open_artefact(job.corpus_uri, "corpus")
     generator = load_generator(job.generator_uri, "cuda" if job.settings.use_gpu else "cpu")
-    splits = [split for split in ("holdout", "validation") if shards(corpus, split)]
+    splits = held_out_splits(corpus)
     if not splits:
         raise ArtefactError(
             f"{corpus.uri}: has no scans of held-out patients to tell members from; change prepare.split, or set "

@@ -5,7 +5,6 @@ Everything is measured through the very gate that will judge images, on its stor
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from scanloom.artefact import Artefact, FileEntry, open_artefact, plan_digest
 from scanloom.audit.copies import CORRELATION, Found, calibrate, power
 from scanloom.audit.intervals import Estimate, clustered_share
 from scanloom.audit.plants import SLIGHT, STRONG
+from scanloom.audit.scans import calibration_and_check
 from scanloom.errors import ArtefactError
 from scanloom.models.copy_encoder import embedding, kept_views, load_copy_encoder, square_of
 from scanloom.models.privacy_gate import (
@@ -131,9 +131,11 @@ def make_gate(config: Mapping[str, Any], *shards: Indexed) -> tuple[GateCard, li
     network = load_copy_encoder(target.read(ENCODER), job.channels, settings.width, target.uri_of(ENCODER))
     blank = blank_card(job.name, job.size_px, job.channels, settings.width, job.seed, views.shape[1])
     gate = PrivacyGate(blank, "", network, views)
-    calibration, check = _held_out(corpus, gate, settings.max_scans)
-    threshold = calibrate(calibration.likeness_N, calibration.patients, settings.false_positive_share, CORRELATION)
-    refused = clustered_share(check.likeness_N > threshold.tau, check.patients)
+    calibration, check = calibration_and_check(
+        corpus, lambda split: _looked_at(corpus, split, gate, settings.max_scans)
+    )
+    threshold = calibrate(calibration.likeness_N, calibration.owners, settings.false_positive_share, CORRELATION)
+    refused = clustered_share(check.likeness_N > threshold.tau, check.owners)
     patients = [patient for shard in shards for patient in shard.patients]
     starts = np.cumsum([0, *(len(shard.patients) for shard in shards)])
     places = [int(start) + place for start, shard in zip(starts, shards, strict=False) for place in shard.places]
@@ -143,7 +145,7 @@ def make_gate(config: Mapping[str, Any], *shards: Indexed) -> tuple[GateCard, li
     card = blank.model_copy(update={
         "tau": threshold.tau, "asked": threshold.asked, "promised": threshold.promised, "at_most": threshold.at_most,
         "calibration_patients": threshold.patients, "calibration_scans": threshold.scans,
-        "held_out": _told(refused), "held_out_scans": len(check.patients),
+        "held_out": _told(refused), "held_out_scans": len(check.owners),
         "power": tuple(
             Planted(plant=plant.name, strength=plant.strength, refused=_told(one.recall), copies=one.copies)
             for plant, one in zip(plants, planted, strict=True)
@@ -187,28 +189,10 @@ class _HeldOut:
     """How alike held-out scans are to what the index holds, and whose they are."""
 
     likeness_N: NDArray[np.float64]
-    patients: list[str]
+    owners: list[str]
 
     def of(self, chosen_N: NDArray[np.bool_]) -> _HeldOut:
-        return _HeldOut(
-            self.likeness_N[chosen_N], [who for who, one in zip(self.patients, chosen_N, strict=True) if one]
-        )
-
-
-def _held_out(corpus: Artefact, gate: PrivacyGate, most: int) -> tuple[_HeldOut, _HeldOut]:
-    """Scans to calibrate with, and of other patients to check on: holdout and validation, or the halves of either."""
-    seen = [one for split in ("holdout", "validation") if (one := _looked_at(corpus, split, gate, most)).patients]
-    if len(seen) == 2:
-        return seen[0], seen[1]
-    if not seen or len(set(seen[0].patients)) < 2:
-        raise ArtefactError(
-            f"{corpus.uri}: has scans of fewer than two held-out patients, so that nothing tells a copy from a chance "
-            "likeness; prepare more scans, or change prepare.split"
-        )
-    order = sorted(set(seen[0].patients), key=lambda patient: hashlib.sha256(patient.encode()).digest())
-    first = set(order[: (len(order) + 1) // 2])
-    chosen = np.array([patient in first for patient in seen[0].patients])
-    return seen[0].of(chosen), seen[0].of(~chosen)
+        return _HeldOut(self.likeness_N[chosen_N], [who for who, one in zip(self.owners, chosen_N, strict=True) if one])
 
 
 def _looked_at(corpus: Artefact, split: str, gate: PrivacyGate, most: int) -> _HeldOut:

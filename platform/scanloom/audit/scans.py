@@ -1,31 +1,70 @@
 """Rows of a corpus or a dataset as an audit looks at them: spread over all of it, one shard in memory at a time.
 
-Legend of shape suffixes: S pixels of a square's side.
+Legend of shape suffixes: N rows, S pixels of a square's side.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scanloom.artefact import Artefact, FileEntry
+from scanloom.errors import ArtefactError
 from scanloom.models.copy_encoder import square_of
 from scanloom.sampling.dataset import IMAGES
 from scanloom.shards.reader import read_parquet
 from scanloom.shards.writer import image_pixels, png_pixels
 
 Row = Mapping[str, Any]
+HELD_OUT = ("holdout", "validation")
+"""Splits of a corpus that nothing is trained on; either may be empty."""
+
+
+class Owned(Protocol):
+    """What is known of some scans, and whose each of them is."""
+
+    @property
+    def owners(self) -> Sequence[str]: ...
+    def of(self, chosen_N: NDArray[np.bool_], /) -> Self: ...
+
+
+T = TypeVar("T", bound=Owned)
 
 
 def shards(artefact: Artefact, folder: str) -> list[FileEntry]:
     """The Parquet files of a folder, `IMAGES` of a dataset or a split of a corpus, in their order."""
     return [entry for entry in artefact.files(folder) if entry.path.endswith(".parquet")]
+
+
+def held_out_splits(corpus: Artefact) -> list[str]:
+    """Those of HELD_OUT that hold scans."""
+    return [split for split in HELD_OUT if shards(corpus, split)]
+
+
+def calibration_and_check(corpus: Artefact, look: Callable[[str], T]) -> tuple[T, T]:
+    """Scans to calibrate with, and of other patients to check on: holdout and validation, or the halves of either.
+
+    `look` tells what is known of a split's scans. ArtefactError where they are of fewer than two patients.
+    """
+    seen = [one for one in map(look, held_out_splits(corpus)) if len(one.owners)]
+    if len(seen) == 2:
+        return seen[0], seen[1]
+    if not seen or len(set(seen[0].owners)) < 2:
+        raise ArtefactError(
+            f"{corpus.uri}: has scans of fewer than two held-out patients, so that nothing tells a copy from a chance "
+            "likeness; prepare more scans, or change prepare.split"
+        )
+    order = sorted(set(seen[0].owners), key=lambda owner: hashlib.sha256(owner.encode()).digest())
+    first = set(order[: (len(order) + 1) // 2])
+    chosen = np.array([owner in first for owner in seen[0].owners])
+    return seen[0].of(chosen), seen[0].of(~chosen)
 
 
 def count(artefact: Artefact, folder: str) -> int:

@@ -25,7 +25,7 @@ from scanloom.attributes import Attributes, AttributeSchema
 from scanloom.audit.groups import EVERYONE, LEAST_IMAGES, Grouping, widest_gap, within
 from scanloom.audit.intervals import Estimate, multiplicities, percentile
 from scanloom.audit.report import Gain, Gap, Interval, Usefulness, Utility
-from scanloom.audit.scans import in_batches, shards, spread, square
+from scanloom.audit.scans import held_out_splits, in_batches, spread, square
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models.backbone import Backbone, load_backbone
 from scanloom.models.classifier import DEFAULT, ON_VECTORS
@@ -36,7 +36,6 @@ from scanloom.sampling.dataset import IMAGES
 from scanloom.training.utility import ARMS, Material, Part, Scores
 
 MEAN = "mean of labels"
-HELD_OUT = ("holdout", "validation")
 Floats = NDArray[np.float64]
 _BATCH = 64
 
@@ -87,7 +86,7 @@ def read_material(config: Mapping[str, Any]) -> Material:
         return _read(artefact, folders, of, settings.images, size_px, backbone)
 
     train, made = read(corpus, ["train"], schema), read(dataset, [IMAGES], made_schema)
-    held_out = read(corpus, [split for split in HELD_OUT if shards(corpus, split)], schema)
+    held_out = read(corpus, held_out_splits(corpus), schema)
     for one, what in ((train, "train scans"), (held_out, "held-out scans"), (made, "images")):
         if not one.rows:
             raise ArtefactError(f"{(dataset if one is made else corpus).uri}: holds no {what} to measure usefulness by")
