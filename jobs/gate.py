@@ -19,6 +19,7 @@ from scanloom.audit.privacy_gate import GateJob, index_shard, make_gate, plan_ga
 from scanloom.models.privacy_gate import ENCODER, GateCard
 from scanloom.recipe import Recipe
 from scanloom.shards.commit import begin
+from scanloom.shards.reader import parquet_files
 from scanloom.store import Store
 from scanloom.training.copy_encoder import CopyEncoderJob, levels
 from scanloom.training.runs import forget, run_name
@@ -55,19 +56,19 @@ def gate(recipe: Recipe) -> None:
 def _build(job: GateJob, corpus: Artefact) -> tuple[GateCard, list[FileEntry]]:
     """Index the train shards, a task each, and calibrate on the cluster, where the data is near."""
     config = job.model_dump(mode="json")
-    paths = [entry.path for entry in corpus.files("train") if entry.path.endswith(".parquet")]
+    paths = [entry.path for entry in parquet_files(corpus, "train")]
     planted = math.ceil(job.settings.planted_scans / max(1, len(paths)))
     index: Any = ray.remote(num_cpus=1, max_retries=3)(index_shard)
     make: Any = ray.remote(num_cpus=1, max_retries=3)(make_gate)
     with console.progress("index", len(paths), "shards") as advance:
 
         def work() -> tuple[GateCard, list[FileEntry]]:
-            shards = [index.remote(config, path, planted) for path in paths]
-            for shard in shards:
-                ray.wait([shard], fetch_local=False)
+            indexed = [index.remote(config, path, planted) for path in paths]
+            for one in indexed:
+                ray.wait([one], fetch_local=False)
                 advance(1)
             # Each an argument of its own: of a list a task would get the promises, not what was computed.
-            made: tuple[GateCard, list[FileEntry]] = ray.get(make.remote(config, *shards))
+            made: tuple[GateCard, list[FileEntry]] = ray.get(make.remote(config, *indexed))
             return made
 
         return interruptible(work)

@@ -19,7 +19,7 @@ from scanloom.audit.fidelity import Compared, Embedded, fidelity
 from scanloom.audit.intervals import Estimate
 from scanloom.audit.radiomics import Radiomics
 from scanloom.audit.report import Beside, GivenFidelity, Interval
-from scanloom.audit.scans import held_out_splits, in_batches, spread, square
+from scanloom.audit.scans import held_out_splits, in_batches, owner_of, spread, squares
 from scanloom.errors import ArtefactError
 from scanloom.models.backbone import load_backbone
 from scanloom.recipe_audit import Fidelity
@@ -86,8 +86,8 @@ def _embedded(looker: Looker, artefact: Artefact, folders: Sequence[str], most: 
     owners: list[str] = []
     for folder in folders:
         for batch in in_batches(spread(artefact, folder, max(1, most // len(folders))), _BATCH):
-            vectors.append(looker(np.stack([square(row, folder, looker.size_px) for row in batch])))
-            owners += [str(row["id"] if folder == IMAGES else row["patient"]) for row in batch]
+            vectors.append(looker(squares(batch, folder, looker.size_px)))
+            owners += [owner_of(row, folder) for row in batch]
     return Embedded.of(np.concatenate(vectors) if vectors else np.zeros((0, 1), np.float32), owners)
 
 

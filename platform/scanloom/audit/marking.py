@@ -27,7 +27,7 @@ from scanloom.dicom.released import released
 from scanloom.errors import ArtefactError, StoreError
 from scanloom.sampling.dataset import DICOM, IMAGES, REJECTS
 from scanloom.shards.commit import ShardPart, part_key
-from scanloom.shards.reader import read_parquet
+from scanloom.shards.reader import parquet_files, read_parquet
 from scanloom.shards.writer import parquet_bytes, tar_bytes
 from scanloom.store import Store, sha256_of
 
@@ -140,7 +140,7 @@ def marked_files(dataset: Artefact) -> tuple[list[FileEntry], list[FileEntry]]:
     left = {file.path for file in dataset.files(REJECTS)}
     marked = []
     if dataset.files(DICOM):
-        marked = [file for file in dataset.files(IMAGES) if file.path.endswith(".parquet")]
+        marked = parquet_files(dataset, IMAGES)
         left |= {file.path for file in (*marked, *dataset.files(DICOM))}
     return marked, [file for file in dataset.manifest.files if file.path not in left]
 

@@ -70,10 +70,12 @@ from scanloom.audit.scans import (
     calibration_and_check,
     count,
     in_batches,
+    owner_of,
     pixels_of,
     spread,
     spread_count,
     square,
+    squares,
 )
 from scanloom.audit.scorecard import scorecard
 from scanloom.errors import ArtefactError
@@ -186,17 +188,17 @@ def see(
     places: list[int] = []
     told: list[NDArray[np.float32]] = []
     for batch in in_batches(spread(artefact, folder, most), EMBED_ROWS):
-        squares = np.stack([square(row, folder, size_px) for row in batch])
-        views = np.stack([embed(view) for view in (kept_views(squares) if folder == TRAIN else [squares])], axis=1)
-        for part, value in zip(parts, (views, radial_power(squares), grey_levels(squares)), strict=True):
+        shown = squares(batch, folder, size_px)
+        views = np.stack([embed(view) for view in (kept_views(shown) if folder == TRAIN else [shown])], axis=1)
+        for part, value in zip(parts, (views, radial_power(shown), grey_levels(shown)), strict=True):
             part.append(value)
         told.append(_read(probe, batch, folder))
-        for row, seen in zip(batch, squares, strict=True):
+        for row, seen in zip(batch, shown, strict=True):
             if len(owners) % kept_every == 0:
                 kept.append(seen)
                 places.append(len(owners))
             ids.append(row["id"])
-            owners.append(row["id"] if folder == IMAGES else row["patient"])
+            owners.append(owner_of(row, folder))
             attributes.append(schema.from_row(row))
     if not owners:
         empty, unread = np.zeros((0, size_px, size_px), np.float32), np.zeros((0, 0), np.float32)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
@@ -19,9 +18,9 @@ from scanloom.artefact import Artefact, FileEntry, open_artefact, plan_digest
 from scanloom.audit.copies import CORRELATION, Found, calibrate, power
 from scanloom.audit.intervals import Estimate, clustered_share
 from scanloom.audit.plants import SLIGHT, STRONG
-from scanloom.audit.scans import calibration_and_check
+from scanloom.audit.scans import calibration_and_check, squares
 from scanloom.errors import ArtefactError
-from scanloom.models.copy_encoder import embedding, kept_views, load_copy_encoder, square_of
+from scanloom.models.copy_encoder import embedding, kept_views, load_copy_encoder
 from scanloom.models.privacy_gate import (
     CARD,
     ENCODER,
@@ -35,8 +34,7 @@ from scanloom.models.privacy_gate import (
 )
 from scanloom.recipe import Recipe
 from scanloom.recipe_gate import Gate
-from scanloom.shards.reader import read_parquet
-from scanloom.shards.writer import png_pixels
+from scanloom.shards.reader import parquet_files, read_parquet
 from scanloom.store import Store
 
 _OF_GATES = 1 << 62
@@ -97,10 +95,10 @@ class Indexed:
     """Which of the scans those are."""
 
 
-def index_shard(config: Mapping[str, Any], path: str, squares: int) -> Indexed:
+def index_shard(config: Mapping[str, Any], path: str, most_pixels: int) -> Indexed:
     """Embed a shard of the train split; `config` is a GateJob as a dict, `path` of the shard within the corpus.
 
-    At most `squares` scans come back as pixels. ArtefactError where the shard is damaged.
+    At most `most_pixels` scans come back as pixels. ArtefactError where the shard is damaged.
     """
     job = GateJob.model_validate(config)
     corpus = open_artefact(job.corpus_uri, "corpus")
@@ -108,18 +106,18 @@ def index_shard(config: Mapping[str, Any], path: str, squares: int) -> Indexed:
     network = load_copy_encoder(store.read(ENCODER), job.channels, settings.width, store.uri_of(ENCODER))
     embed = embedding(network)
     table = read_parquet(corpus.store, _entry(corpus, path)).select(["patient", "image"])
-    stride = max(1, math.ceil(len(table) / max(1, squares)))
+    stride = max(1, math.ceil(len(table) / max(1, most_pixels)))
     views, kept = [], []
     # Also of a shard without scans, which has its shape then.
     for start in range(0, max(1, len(table)), _BATCH):
-        batch = _squares(table.slice(start, _BATCH), job.size_px)
+        batch = squares(table.slice(start, _BATCH).to_pylist(), "train", job.size_px)
         views.append(np.stack([embed(view) for view in kept_views(batch)]).astype(np.float16))
         kept.append(batch[-start % stride :: stride])
     places = list(range(0, len(table), stride))
     return Indexed(np.concatenate(views, axis=1), table["patient"].to_pylist(), np.concatenate(kept), places)
 
 
-def make_gate(config: Mapping[str, Any], *shards: Indexed) -> tuple[GateCard, list[FileEntry]]:
+def make_gate(config: Mapping[str, Any], *indexed: Indexed) -> tuple[GateCard, list[FileEntry]]:
     """Write the gate of a corpus whose train shards are indexed; its card, and the entries of all its files.
 
     `config` is a GateJob as a dict; the trained encoder lies in the gate's folder already. ArtefactError where the
@@ -127,7 +125,7 @@ def make_gate(config: Mapping[str, Any], *shards: Indexed) -> tuple[GateCard, li
     """
     job = GateJob.model_validate(config)
     corpus, target, settings = open_artefact(job.corpus_uri, "corpus"), Store(job.gate_uri), job.settings
-    views = np.concatenate([shard.views_VRD for shard in shards], axis=1)
+    views = np.concatenate([shard.views_VRD for shard in indexed], axis=1)
     network = load_copy_encoder(target.read(ENCODER), job.channels, settings.width, target.uri_of(ENCODER))
     blank = blank_card(job.name, job.size_px, job.channels, settings.width, job.seed, views.shape[1])
     gate = PrivacyGate(blank, "", network, views)
@@ -136,12 +134,12 @@ def make_gate(config: Mapping[str, Any], *shards: Indexed) -> tuple[GateCard, li
     )
     threshold = calibrate(calibration.likeness_N, calibration.owners, settings.false_positive_share, CORRELATION)
     refused = clustered_share(check.likeness_N > threshold.tau, check.owners)
-    patients = [patient for shard in shards for patient in shard.patients]
-    starts = np.cumsum([0, *(len(shard.patients) for shard in shards)])
-    places = [int(start) + place for start, shard in zip(starts, shards, strict=False) for place in shard.places]
-    squares = np.concatenate([shard.squares_MSS for shard in shards])[: settings.planted_scans]
+    patients = [patient for shard in indexed for patient in shard.patients]
+    starts = np.cumsum([0, *(len(shard.patients) for shard in indexed)])
+    places = [int(start) + place for start, shard in zip(starts, indexed, strict=False) for place in shard.places]
+    originals = np.concatenate([shard.squares_MSS for shard in indexed])[: settings.planted_scans]
     plants = (*SLIGHT, *STRONG)
-    planted = power(_Looking(gate), threshold, squares, places[: len(squares)], patients, plants)
+    planted = power(_Looking(gate), threshold, originals, places[: len(originals)], patients, plants)
     card = blank.model_copy(update={
         "tau": threshold.tau, "asked": threshold.asked, "promised": threshold.promised, "at_most": threshold.at_most,
         "calibration_patients": threshold.patients, "calibration_scans": threshold.scans,
@@ -199,25 +197,19 @@ def _looked_at(corpus: Artefact, split: str, gate: PrivacyGate, most: int) -> _H
     """The first scans of a split, `most` and the rest of their shard."""
     likeness: list[NDArray[np.float64]] = []
     patients: list[str] = []
-    for entry in corpus.files(split):
-        if not entry.path.endswith(".parquet") or len(patients) >= most:
-            continue
+    for entry in parquet_files(corpus, split):
+        if len(patients) >= most:
+            break
         table = read_parquet(corpus.store, entry).select(["patient", "image"])
         for start in range(0, len(table), _BATCH):
-            likeness.append(gate.nearest(_squares(table.slice(start, _BATCH), gate.card.size_px))[0])
+            batch = squares(table.slice(start, _BATCH).to_pylist(), split, gate.card.size_px)
+            likeness.append(gate.nearest(batch)[0])
         patients += table["patient"].to_pylist()
     return _HeldOut(np.concatenate(likeness) if likeness else np.zeros(0), patients)
 
 
 def _entry(corpus: Artefact, path: str) -> FileEntry:
     return next(entry for entry in corpus.manifest.files if entry.path == path)
-
-
-def _squares(scans: pa.Table, size_px: int) -> NDArray[np.float32]:
-    pixels = [png_pixels(row["image"]["bytes"]) for row in scans.to_pylist()]
-    # A corpus uses the whole range of the type.
-    squares = [square_of(one, 8 * one.itemsize, size_px) for one in pixels]
-    return np.stack(squares) if squares else np.zeros((0, size_px, size_px), np.float32)
 
 
 def _told(found: Estimate) -> Share:

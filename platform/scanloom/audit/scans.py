@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from scanloom.artefact import Artefact, FileEntry
+from scanloom.artefact import Artefact
 from scanloom.errors import ArtefactError
 from scanloom.models.copy_encoder import square_of
 from scanloom.sampling.dataset import IMAGES
-from scanloom.shards.reader import read_parquet
+from scanloom.shards.reader import parquet_files, read_parquet
 from scanloom.shards.writer import image_pixels, png_pixels
 
 Row = Mapping[str, Any]
@@ -38,14 +38,9 @@ class Owned(Protocol):
 T = TypeVar("T", bound=Owned)
 
 
-def shards(artefact: Artefact, folder: str) -> list[FileEntry]:
-    """The Parquet files of a folder, `IMAGES` of a dataset or a split of a corpus, in their order."""
-    return [entry for entry in artefact.files(folder) if entry.path.endswith(".parquet")]
-
-
 def held_out_splits(corpus: Artefact) -> list[str]:
     """Those of HELD_OUT that hold scans."""
-    return [split for split in HELD_OUT if shards(corpus, split)]
+    return [split for split in HELD_OUT if parquet_files(corpus, split)]
 
 
 def calibration_and_check(corpus: Artefact, look: Callable[[str], T]) -> tuple[T, T]:
@@ -68,8 +63,8 @@ def calibration_and_check(corpus: Artefact, look: Callable[[str], T]) -> tuple[T
 
 
 def count(artefact: Artefact, folder: str) -> int:
-    """Rows of a folder, by the footers of its files."""
-    paths = [artefact.store.path(entry.path) for entry in shards(artefact, folder)]
+    """Rows of a folder, IMAGES of a dataset or a split of a corpus, by the footers of its files."""
+    paths = [artefact.store.path(entry.path) for entry in parquet_files(artefact, folder)]
     return sum(int(pq.read_metadata(path, filesystem=artefact.store.filesystem).num_rows) for path in paths)
 
 
@@ -82,7 +77,7 @@ def spread_count(artefact: Artefact, folder: str, most: int) -> int:
 def spread(artefact: Artefact, folder: str, most: int) -> Iterator[Row]:
     """At most `most` rows of a folder, every k-th of them; ArtefactError for a damaged shard."""
     stride, number = _stride(count(artefact, folder), most), 0
-    for entry in shards(artefact, folder):
+    for entry in parquet_files(artefact, folder):
         table = read_parquet(artefact.store, entry)
         for place in range(-number % stride, len(table), stride):
             yield table.slice(place, 1).to_pylist()[0]
@@ -108,6 +103,17 @@ def pixels_of(row: Row, folder: str) -> tuple[NDArray[Any], int]:
 def square(row: Row, folder: str, size_px: int) -> NDArray[np.float32]:
     """A row's pixels as a square [S, S] in [0, 1]."""
     return square_of(*pixels_of(row, folder), size_px)
+
+
+def squares(rows: Sequence[Row], folder: str, size_px: int) -> NDArray[np.float32]:
+    """Rows' pixels as squares [N, S, S] in [0, 1]."""
+    found = [square(row, folder, size_px) for row in rows]
+    return np.stack(found) if found else np.zeros((0, size_px, size_px), np.float32)
+
+
+def owner_of(row: Row, folder: str) -> str:
+    """Whose a scan is; a synthetic image is its own."""
+    return str(row["id"] if folder == IMAGES else row["patient"])
 
 
 def _stride(rows: int, most: int) -> int:

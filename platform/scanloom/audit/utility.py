@@ -25,7 +25,7 @@ from scanloom.attributes import Attributes, AttributeSchema
 from scanloom.audit.groups import EVERYONE, LEAST_IMAGES, Grouping, widest_gap, within
 from scanloom.audit.intervals import Estimate, multiplicities, percentile
 from scanloom.audit.report import Gain, Gap, Interval, Usefulness, Utility
-from scanloom.audit.scans import held_out_splits, in_batches, spread, square
+from scanloom.audit.scans import held_out_splits, in_batches, owner_of, spread, squares
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models.backbone import Backbone, load_backbone
 from scanloom.models.classifier import DEFAULT, ON_VECTORS
@@ -116,10 +116,10 @@ def _read(
     patients: list[str] = []
     for folder in folders:
         for batch in in_batches(spread(artefact, folder, max(1, most // len(folders))), _BATCH):
-            squares = np.stack([square(row, folder, size_px) for row in batch])
-            inputs.append(squares.astype(np.float16) if backbone is None else backbone(squares))
+            shown = squares(batch, folder, size_px)
+            inputs.append(shown.astype(np.float16) if backbone is None else backbone(shown))
             rows += [schema.from_row(row) for row in batch]
-            patients += [str(row["id"] if folder == IMAGES else row["patient"]) for row in batch]
+            patients += [owner_of(row, folder) for row in batch]
     return _Read(np.concatenate(inputs) if inputs else np.zeros((0, size_px, size_px), np.float16), rows, patients)
 
 

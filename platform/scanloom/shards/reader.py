@@ -50,12 +50,17 @@ def read_parquet(store: Store, entry: FileEntry, columns: Sequence[str] | None =
     raise AssertionError("unreachable")
 
 
+def parquet_files(artefact: Artefact, folder: str) -> list[FileEntry]:
+    """The Parquet shards below `folder`, such as a corpus's `train`, in their order."""
+    return [entry for entry in artefact.files(folder) if entry.path.endswith(".parquet")]
+
+
 def parquet_paths(artefact: Artefact, folder: str, enough_rows: int | None = None) -> list[str]:
     """Paths of the Parquet shards below `folder`, as `artefact.store.filesystem` and Ray Data read them.
 
     With `enough_rows` the first shards that hold that many, by their footers: the same ones every time.
     """
-    paths = [artefact.store.path(f.path) for f in artefact.files(folder) if f.path.endswith(".parquet")]
+    paths = [artefact.store.path(entry.path) for entry in parquet_files(artefact, folder)]
     if enough_rows is None:
         return paths
     rows = 0
@@ -68,9 +73,8 @@ def parquet_paths(artefact: Artefact, folder: str, enough_rows: int | None = Non
 
 def rows(artefact: Artefact, folder: str, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of an artefact's Parquet shards below `folder` (such as train), in shard order."""
-    for entry in artefact.files(folder):
-        if entry.path.endswith(".parquet"):
-            yield from read_parquet(artefact.store, entry, columns).to_pylist()
+    for entry in parquet_files(artefact, folder):
+        yield from read_parquet(artefact.store, entry, columns).to_pylist()
 
 
 def _parse(source: Any, where: str, columns: list[str] | None) -> pa.Table:
