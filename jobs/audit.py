@@ -89,7 +89,7 @@ def _attack(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
     settings = recipe.audit.membership
     assert settings is not None
     require_room(1, settings.use_gpu, "audit.membership.use_gpu")
-    generator = next((entry for entry in dataset.manifest.inputs if entry.role == "generator"), None)
+    generator = dataset.manifest.used_as("generator")
     if generator is None:
         raise ArtefactError(f"{dataset.uri}: names no generator to attack; set audit.membership=null")
     job = MembershipJob(

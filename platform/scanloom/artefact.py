@@ -50,8 +50,13 @@ class FileEntry(_Record):
 
     @classmethod
     def of(cls, stored: StoredFile) -> FileEntry:
-        """The entry of a file that `Store.put_folder` put."""
+        """The entry of a file in the artefact's store, as `Store.put_folder` and `Store.digest` tell of it."""
         return cls(path=stored.key, bytes=stored.bytes, sha256=stored.sha256)
+
+    @classmethod
+    def of_bytes(cls, path: str, data: bytes) -> FileEntry:
+        """The entry of a file that holds `data`."""
+        return cls(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 class Lineage(_Record):
@@ -87,6 +92,10 @@ class Manifest(_Record):
         }
         return hashlib.sha256(canonical_json(content)).hexdigest()
 
+    def used_as(self, role: str) -> Lineage | None:
+        """The input of a role, the first where there are several."""
+        return next((entry for entry in self.inputs if entry.role == role), None)
+
 
 @dataclass(frozen=True)
 class Artefact:
@@ -106,6 +115,13 @@ class Artefact:
     def files(self, folder: str) -> tuple[FileEntry, ...]:
         """The files below a folder of the artefact, by path."""
         return tuple(file for file in self.manifest.files if file.path.startswith(f"{folder}/"))
+
+    def entry(self, path: str) -> FileEntry:
+        """The file at a path of the artefact. ArtefactError where it holds none."""
+        found = next((file for file in self.manifest.files if file.path == path), None)
+        if found is None:
+            raise ArtefactError(f"{self.uri}: holds no {path}; make it again")
+        return found
 
     def fetch(self, folder: Path) -> None:
         """Copy every file into a local folder. ArtefactError where one is not what the manifest says."""

@@ -127,7 +127,7 @@ def mark_shard(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     written = []
     for path, data in ((key, tar), (part_key(int(number[1]), images), parquet)):
         target.write(f"{job.folder}/{path}", data)
-        entry = FileEntry(path=f"{job.folder}/{path}", bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        entry = FileEntry.of_bytes(f"{job.folder}/{path}", data)
         written.append(entry.model_dump(mode="json"))
     return written
 

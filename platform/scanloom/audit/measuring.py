@@ -6,7 +6,6 @@ about 2 KB an image, whatever its size.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -273,7 +272,7 @@ def make_audit(config: Mapping[str, Any]) -> Measured:
         tau=threshold.tau, held_out=_floats(held_out.likeness_N), synthetic=_floats(found.likeness_N),
         planted=_floats(planted),
     )  # fmt: skip
-    files = (FileEntry.of(target.digest(ENCODER)), _entry(PAIRS, pairs))
+    files = (FileEntry.of(target.digest(ENCODER)), FileEntry.of_bytes(PAIRS, pairs))
     return Measured(report=report, likenesses=likenesses, sheet_png=sheet, files=files)
 
 
@@ -284,16 +283,12 @@ def write_report(measured: Measured, report: Report, target: Store) -> list[File
     files = {REPORT: report.model_dump_json(indent=1).encode(), PAGE: told.encode()}
     for path, data in files.items():
         target.write(path, data)
-    return [*measured.files, *(_entry(path, data) for path, data in files.items())]
-
-
-def _entry(path: str, data: bytes) -> FileEntry:
-    return FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return [*measured.files, *(FileEntry.of_bytes(path, data) for path, data in files.items())]
 
 
 def _canaries_of(dataset: Artefact) -> CanariesSection | None:
     """What a dataset's generator was trained with; None too where it is not there any more, or another is."""
-    entry = next((entry for entry in dataset.manifest.inputs if entry.role == "generator"), None)
+    entry = dataset.manifest.used_as("generator")
     generator = find_artefact(entry.uri, "generator") if entry else None
     if entry is None or generator is None or generator.digest != entry.digest:
         return None

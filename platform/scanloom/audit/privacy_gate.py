@@ -105,7 +105,7 @@ def index_shard(config: Mapping[str, Any], path: str, most_pixels: int) -> Index
     store, settings = Store(job.gate_uri), job.settings
     network = load_copy_encoder(store.read(ENCODER), job.channels, settings.width, store.uri_of(ENCODER))
     embed = embedding(network)
-    table = read_parquet(corpus.store, _entry(corpus, path)).select(["patient", "image"])
+    table = read_parquet(corpus.store, corpus.entry(path)).select(["patient", "image"])
     stride = max(1, math.ceil(len(table) / max(1, most_pixels)))
     views, kept = [], []
     # Also of a shard without scans, which has its shape then.
@@ -206,10 +206,6 @@ def _looked_at(corpus: Artefact, split: str, gate: PrivacyGate, most: int) -> _H
             likeness.append(gate.nearest(batch)[0])
         patients += table["patient"].to_pylist()
     return _HeldOut(np.concatenate(likeness) if likeness else np.zeros(0), patients)
-
-
-def _entry(corpus: Artefact, path: str) -> FileEntry:
-    return next(entry for entry in corpus.manifest.files if entry.path == path)
 
 
 def _told(found: Estimate) -> Share:

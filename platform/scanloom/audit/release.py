@@ -230,7 +230,7 @@ def _bundle(
     }
     for path, data in pages.items():
         target.write(path, data)
-        copied.append(_entry(path, data))
+        copied.append(FileEntry.of_bytes(path, data))
     _require_nothing_else(target, copied)
     made = publish(
         target, kind="release", name=request.dataset.manifest.name,
@@ -238,7 +238,7 @@ def _bundle(
         inputs=[_placeless(lineage(one.manifest.kind, one)) for one in (request.dataset, audit)], files=copied,
         statistics={"images": report.subject.images, "signed_by": fingerprint(signer.public_key)},
     )  # fmt: skip
-    seal(target, [*copied, _entry(MANIFEST, target.read(MANIFEST))], signer)
+    seal(target, [*copied, FileEntry.of_bytes(MANIFEST, target.read(MANIFEST))], signer)
     return made
 
 
@@ -307,7 +307,3 @@ def _without_places(tree: Any) -> Any:
         return [_without_places(value) for value in tree]
     is_place = isinstance(tree, str) and ("://" in tree or tree.startswith(("/", "./", "~")))
     return "withheld" if is_place else tree
-
-
-def _entry(path: str, data: bytes) -> FileEntry:
-    return FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

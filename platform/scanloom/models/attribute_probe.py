@@ -19,7 +19,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scanloom.artefact import Artefact, open_artefact
+from scanloom.artefact import open_artefact
 from scanloom.attributes import Attributes, AttributeSchema
 from scanloom.errors import ArtefactError
 from scanloom.models.probe_card import CARD, WEIGHTS, ProbeCard, outputs_of
@@ -140,20 +140,13 @@ def load_probe(uri: str, device: str = "cpu") -> Probe:
     """The probe artefact at a URI. Raises ArtefactError where it is missing, damaged or does not fit this code."""
     artefact = open_artefact(uri, "probe")
     try:
-        card = ProbeCard.model_validate_json(_file(artefact, CARD))
+        card = ProbeCard.model_validate_json(read_file(artefact.store, artefact.entry(CARD)))
         network = ProbeNetwork(card.channels, len(card.outputs))
-        network.load_state_dict(load(_file(artefact, WEIGHTS)))
+        network.load_state_dict(load(read_file(artefact.store, artefact.entry(WEIGHTS))))
     except (ValidationError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{uri}: a part of the probe cannot be read: {reason[:200]}; make it again") from error
     return Probe(card, artefact.digest, network, device)
-
-
-def _file(artefact: Artefact, path: str) -> bytes:
-    entry = next((file for file in artefact.manifest.files if file.path == path), None)
-    if entry is None:
-        raise ArtefactError(f"{artefact.uri}: holds no {path}; make it again")
-    return read_file(artefact.store, entry)
 
 
 def _parts(schema: AttributeSchema, values_BO: Tensor) -> Iterable[tuple[str, Tensor]]:

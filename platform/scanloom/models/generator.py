@@ -246,7 +246,8 @@ def require_continuable(
     """
     theirs = GeneratorCard.model_validate_json(start.store.read("generator.json"))
     scheduler = json.loads(start.store.read("scheduler/scheduler_config.json"))
-    latents_of = next((entry.digest for entry in start.manifest.inputs if entry.role == "autoencoder"), "none")
+    trained_with = start.manifest.used_as("autoencoder")
+    latents_of = trained_with.digest if trained_with else "none"
     if _files(start, "vae") == _files(autoencoder, "vae"):
         latents_of = autoencoder.digest
     for what, before, now in (

@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 from torch.nn import functional
 
-from scanloom.artefact import Artefact, open_artefact
+from scanloom.artefact import open_artefact
 from scanloom.errors import ArtefactError
 from scanloom.models.copy_encoder import CopyEncoder, load_copy_encoder, square_of
 from scanloom.shards.reader import read_file
@@ -150,14 +150,15 @@ def load_gate(uri: str, device: str = "cpu") -> PrivacyGate:
     """The gate artefact at a URI. Raises ArtefactError where it is missing, damaged or does not fit this code."""
     artefact = open_artefact(uri, "gate")
     try:
-        card = GateCard.model_validate_json(_file(artefact, CARD))
-        views: NDArray[np.float16] = load(_file(artefact, INDEX))["views"]
+        card = GateCard.model_validate_json(read_file(artefact.store, artefact.entry(CARD)))
+        views: NDArray[np.float16] = load(read_file(artefact.store, artefact.entry(INDEX)))["views"]
     except (ValidationError, SafetensorError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{uri}: a part of the gate cannot be read: {reason[:200]}; make it again") from error
     if views.ndim != 3 or views.shape[1:] != (card.train_scans, card.width):
         raise ArtefactError(f"{uri}: its index is not of the {card.train_scans} scans of its card; make it again")
-    network = load_copy_encoder(_file(artefact, ENCODER), card.channels, card.width, artefact.store.uri_of(ENCODER))
+    weights = read_file(artefact.store, artefact.entry(ENCODER))
+    network = load_copy_encoder(weights, card.channels, card.width, artefact.store.uri_of(ENCODER))
     return PrivacyGate(card, artefact.digest, network, views, device)
 
 
@@ -169,10 +170,3 @@ def blank_card(name: str, size_px: int, channels: Sequence[int], width: int, see
         tau=2.0, asked=1.0, promised=1.0, at_most=1.0, calibration_patients=0, calibration_scans=0,
         held_out=unknown, held_out_scans=0, power=(),
     )  # fmt: skip
-
-
-def _file(artefact: Artefact, path: str) -> bytes:
-    entry = next((file for file in artefact.manifest.files if file.path == path), None)
-    if entry is None:
-        raise ArtefactError(f"{artefact.uri}: holds no {path}; make it again")
-    return read_file(artefact.store, entry)
