@@ -27,7 +27,7 @@ from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import Recipe
 from scanloom.shards.commit import begin
 from scanloom.store import Store
-from scanloom.training.copy_encoder import CopyEncoderJob, levels, plan_copy_encoder
+from scanloom.training.copy_encoder import CopyEncoderJob, plan_copy_encoder
 from scanloom.training.runs import forget, run_name
 from scanloom.training.utility import lessons, train_and_score
 
@@ -68,12 +68,8 @@ def _measure(
 ) -> list[FileEntry]:
     """On the cluster, where the data is near; a part that an earlier run finished is not measured again."""
     section = recipe.audit
-    size_px = min(section.copies.size_px, corpus.manifest.statistics["size_px"])
-    job = AuditJob(
-        settings=section, seed=recipe.seed, corpus_uri=corpus.uri, dataset_uri=dataset.uri, audit_uri=store.uri,
-        size_px=size_px, channels=levels(section.copies, size_px), probe_uri=None if probe is None else probe.uri,
-    )  # fmt: skip
-    made = _kept(parts, "measured", Measured, lambda: ray.get(_task(make_audit).remote(job.model_dump(mode="json"))))
+    job = AuditJob.of(section, corpus, dataset, store, probe).model_dump(mode="json")
+    made = _kept(parts, "measured", Measured, lambda: ray.get(_task(make_audit).remote(job)))
     told: dict[str, Any] = {}
     if section.membership is not None:
         told["membership"] = _kept(parts, "membership", Membership, lambda: _attack(recipe, corpus, dataset))

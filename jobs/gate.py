@@ -21,7 +21,7 @@ from scanloom.recipe import Recipe
 from scanloom.shards.commit import begin
 from scanloom.shards.reader import parquet_files
 from scanloom.store import Store
-from scanloom.training.copy_encoder import CopyEncoderJob, levels
+from scanloom.training.copy_encoder import CopyEncoderJob
 from scanloom.training.runs import forget, run_name
 
 
@@ -37,7 +37,7 @@ def gate(recipe: Recipe) -> None:
     if made is None:
         runs, name = Store(recipe.uri("runs")), run_name("gate", plan)
         runs.require_writable()
-        job = GateJob.of(recipe, corpus, levels)
+        job = GateJob.of(recipe, corpus)
         training = CopyEncoderJob(
             settings=recipe.gate, section="gate", seed=job.seed, size_px=job.size_px, weights_uri=store.uri,
             weights_key=ENCODER,

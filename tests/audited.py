@@ -20,7 +20,7 @@ from scanloom.sampling.dataset import rows_to_bytes, write_shard
 from scanloom.sampling.plan import compile_plan, specify
 from scanloom.shards.commit import ShardCommit
 from scanloom.store import Store
-from scanloom.training.copy_encoder import fit, levels
+from scanloom.training.copy_encoder import fit
 
 Pixels = np.ndarray[Any, Any]
 
@@ -67,14 +67,9 @@ def encoder_weights(corpus: Artefact, settings: Audit, seed: int = 0) -> bytes:
 
 def audited(dataset: Artefact, corpus: Artefact, settings: Audit, encoder: bytes) -> Audited:
     """The audit beside a dataset, by an encoder of its corpus."""
-    store, size_px = Store(f"{dataset.uri}-audit"), min(
-        settings.copies.size_px, int(corpus.manifest.statistics["size_px"])
-    )  # fmt: skip
+    store = Store(f"{dataset.uri}-audit")
     store.write(ENCODER, encoder)
-    job = AuditJob(
-        settings=settings, seed=0, corpus_uri=corpus.uri, dataset_uri=dataset.uri, audit_uri=store.uri,
-        size_px=size_px, channels=levels(settings.copies, size_px),
-    )  # fmt: skip
+    job = AuditJob.of(settings, corpus, dataset, store)
     measured = make_audit(job.model_dump(mode="json"))
     files = write_report(measured, measured.report, store)
     made = publish(

@@ -20,7 +20,7 @@ from scanloom.scans.phantoms import phantom
 from scanloom.shards.reader import rows
 from scanloom.shards.writer import png_pixels
 from scanloom.store import Store
-from scanloom.training.copy_encoder import fit, levels
+from scanloom.training.copy_encoder import fit
 from tests.faulty_generator import FaultyGenerator
 from tests.phantom_corpus import ATTRIBUTES, SIZE, publish_corpus
 from tests.tiny_generator import publish_generator
@@ -44,7 +44,7 @@ def recipe(store: Path, **changes: Any) -> Recipe:
 def publish_gate(store: Path, **changes: Any) -> Artefact:
     """The gate of the corpus in `store`, as jobs.gate makes it, without Ray."""
     corpus = open_artefact(f"{store}/corpus", "corpus")
-    job = GateJob.of(recipe(store, **changes), corpus, levels)
+    job = GateJob.of(recipe(store, **changes), corpus)
     scans = np.stack([square_of(pixels, 8, SIZE) for pixels in train_scans(corpus)])
     network = fit(job.settings, torch.from_numpy(scans)[:, None] * 2.0 - 1.0, job.seed)
     target = Store(job.gate_uri)

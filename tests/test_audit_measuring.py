@@ -57,10 +57,8 @@ def measured(folder: Path, name: str, *, probe: bool = False, images: int = 1000
     store = Store(f"{folder}/{name}")
     store.write(ENCODER, weights_of(CopyEncoder(CHANNELS, WIDTH)))
     settings = Audit(images=images, copies=CopyDetection(channels=CHANNELS, width=WIDTH, planted_scans=8))
-    job = AuditJob(
-        settings=settings, seed=0, corpus_uri=f"{folder}/corpus", dataset_uri=f"{folder}/dataset",
-        audit_uri=store.uri, size_px=SIZE, channels=CHANNELS, probe_uri=f"{folder}/probe" if probe else None,
-    )  # fmt: skip
+    corpus, dataset = open_artefact(f"{folder}/corpus"), open_artefact(f"{folder}/dataset")
+    job = AuditJob.of(settings, corpus, dataset, store, open_artefact(f"{folder}/probe") if probe else None)
     found = make_audit(job.model_dump(mode="json"))
     entries = write_report(found, found.report, store)
     assert {entry.path for entry in entries} == {REPORT, PAGE, ENCODER, "private/pairs.png"}

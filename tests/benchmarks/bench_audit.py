@@ -29,12 +29,11 @@ from scanloom.audit.groups import Grouping
 from scanloom.audit.measuring import ENCODER, AuditJob, make_audit
 from scanloom.audit.utility import utility_of
 from scanloom.models.attribute_probe import ProbeNetwork
-from scanloom.models.copy_encoder import CopyEncoder, weights_of
+from scanloom.models.copy_encoder import CopyEncoder, levels, weights_of
 from scanloom.models.probe_card import CARD, WEIGHTS, ProbeCard, Reading, outputs_of
 from scanloom.recipe import CategoryAttribute, LabelsAttribute, NumberAttribute
 from scanloom.recipe_audit import Audit, UtilityStudy
 from scanloom.store import Store
-from scanloom.training.copy_encoder import levels
 from scanloom.training.utility import Material, Part, lessons, train_and_score
 from tests.audited import publish_dataset
 from tests.nih_corpus import dealt, nih_scans, publish_nih
@@ -138,9 +137,9 @@ def whole(folder: Path, counts: list[int]) -> None:
         weights = save(dict(ProbeNetwork(card.channels, len(card.outputs)).state_dict()))
         store = Store(f"{place}/probe")
         files = put(store, {CARD: card.model_dump_json().encode(), WEIGHTS: weights})
-        publish(store, kind="probe", name="made", recipe={}, inputs=[], files=files, statistics={})
+        probe = publish(store, kind="probe", name="made", recipe={}, inputs=[], files=files, statistics={})
         settings = Audit()
-        channels = levels(settings.copies, 96)
+        channels = levels(settings.copies.channels, 96)
         for count in counts:
             made = publish_dataset(
                 f"{place}/{count}", generator(f"{place}/generator-{count}", corpus), corpus,
@@ -149,10 +148,7 @@ def whole(folder: Path, counts: list[int]) -> None:
             )  # fmt: skip
             audit = Store(f"{place}/{count}-audit")
             audit.write(ENCODER, weights_of(CopyEncoder(channels, settings.copies.width)))
-            job = AuditJob(
-                settings=settings, seed=0, corpus_uri=corpus.uri, dataset_uri=made.uri, audit_uri=audit.uri,
-                size_px=96, channels=channels, probe_uri=store.uri,
-            )  # fmt: skip
+            job = AuditJob.of(settings, corpus, made, audit, probe)
             before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
             make_audit(job.model_dump(mode="json"))
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

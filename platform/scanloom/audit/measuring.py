@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +79,7 @@ from scanloom.audit.scans import (
 from scanloom.audit.scorecard import scorecard
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import Probe, load_probe
-from scanloom.models.copy_encoder import EMBED_ROWS, embedding, kept_views, load_copy_encoder
+from scanloom.models.copy_encoder import EMBED_ROWS, embedding, kept_views, levels, load_copy_encoder
 from scanloom.recipe_audit import Audit
 from scanloom.recipe_train import Canaries as CanariesSection
 from scanloom.sampling.dataset import IMAGES, INFEASIBLE
@@ -103,7 +103,6 @@ class AuditJob(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: Audit
-    seed: int
     corpus_uri: str
     dataset_uri: str
     audit_uri: str
@@ -111,6 +110,17 @@ class AuditJob(BaseModel):
     channels: tuple[int, ...]
     probe_uri: str | None = None
     """Reads what images show; None: fairness is not measured."""
+
+    @classmethod
+    def of(
+        cls, settings: Audit, corpus: Artefact, dataset: Artefact, audit: Store, probe: Artefact | None = None
+    ) -> Self:
+        """The job of an audit that is written into a folder."""
+        size_px = min(settings.copies.size_px, corpus.manifest.statistics["size_px"])
+        return cls(
+            settings=settings, corpus_uri=corpus.uri, dataset_uri=dataset.uri, audit_uri=audit.uri, size_px=size_px,
+            channels=levels(settings.copies.channels, size_px), probe_uri=None if probe is None else probe.uri,
+        )  # fmt: skip
 
 
 class Measured(BaseModel):

@@ -6,7 +6,7 @@ Everything is measured through the very gate that will judge images, on its stor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from scanloom.audit.intervals import Estimate, clustered_share
 from scanloom.audit.plants import SLIGHT, STRONG
 from scanloom.audit.scans import calibration_and_check, squares
 from scanloom.errors import ArtefactError
-from scanloom.models.copy_encoder import embedding, kept_views, load_copy_encoder
+from scanloom.models.copy_encoder import embedding, kept_views, levels, load_copy_encoder
 from scanloom.models.privacy_gate import (
     CARD,
     ENCODER,
@@ -61,13 +61,13 @@ class GateJob(BaseModel):
     channels: tuple[int, ...]
 
     @classmethod
-    def of(cls, recipe: Recipe, corpus: Artefact, levels: Callable[[Gate, int], tuple[int, ...]]) -> Self:
-        """The job of a recipe on a corpus; `levels` gives the encoder's channels for squares of a size."""
+    def of(cls, recipe: Recipe, corpus: Artefact) -> Self:
+        """The job of a recipe on a corpus."""
         settings = recipe.gate
         size_px = min(settings.size_px, corpus.manifest.statistics["size_px"])
         return cls(
             settings=settings, name=recipe.name, seed=gate_seed(recipe.seed), corpus_uri=corpus.uri,
-            gate_uri=recipe.uri("gate"), size_px=size_px, channels=levels(settings, size_px),
+            gate_uri=recipe.uri("gate"), size_px=size_px, channels=levels(settings.channels, size_px),
         )  # fmt: skip
 
 

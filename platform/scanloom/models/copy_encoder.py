@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from scanloom.errors import ArtefactError
 
+_LEAST_PX = 4
 _GROUPS = 8
 _GRID = 4
 _POSES = (
@@ -33,6 +34,11 @@ learned to overlook."""
 KEPT_VIEWS = 2 * len(_POSES)
 EMBED_ROWS = 32
 """Images of a call of the network: always so many, so that the embedding of one does not depend on the others."""
+
+
+def levels(channels: Sequence[int], size_px: int) -> tuple[int, ...]:
+    """The channels of the levels that leave enough of a square of this side."""
+    return tuple(channels)[: max(2, int(math.log2(size_px / _LEAST_PX)))]
 
 
 class CopyEncoder(nn.Module):
@@ -147,5 +153,5 @@ def load_copy_encoder(weights: bytes, channels: Sequence[int], width: int, where
     try:
         network.load_state_dict(load(weights))
     except (RuntimeError, SafetensorError) as error:
-        raise ArtefactError(f"{where}: is no copy encoder of this shape; make the audit again") from error
+        raise ArtefactError(f"{where}: is no copy encoder of this shape; make it again") from error
     return network

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scanloom.artefact import Artefact, plan_digest
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.models.copy_encoder import CopyEncoder, nt_xent, square_of, weights_of
+from scanloom.models.copy_encoder import CopyEncoder, levels, nt_xent, square_of, weights_of
 from scanloom.recipe import Recipe
 from scanloom.recipe_audit import CopyDetection
 from scanloom.shards.writer import png_pixels
@@ -26,7 +26,6 @@ from scanloom.training.data_parallel import Length, Run, report_checkpoint, run_
 from scanloom.training.draws import positions, rows_at
 
 CHECKPOINT = "copy-encoder.pt"
-_LEAST_PX = 4
 # What does not change the network: where it is trained, apart from `workers`, see `advance`, and how it is judged.
 _PLACE = {
     "cpus_per_worker", "use_gpu", "max_failures", "checkpoint_every_steps", "false_positive_share", "planted_scans",
@@ -63,18 +62,13 @@ def plan_copy_encoder(recipe: Recipe, corpus: Artefact) -> str:
     return plan_digest("copy-encoder", corpus.digest, recipe.seed, settings)
 
 
-def levels(settings: CopyDetection, size_px: int) -> tuple[int, ...]:
-    """The channels of the levels that leave enough of a square."""
-    return settings.channels[: max(2, int(math.log2(size_px / _LEAST_PX)))]
-
-
 def initial(
     settings: CopyDetection, size_px: int, seed: int, prepare: Callable[[nn.Module], nn.Module] = lambda model: model
 ) -> Run:
     """A network at its start, drawn by `seed`; `prepare` places and wraps it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = CopyEncoder(levels(settings, size_px), settings.width)
+        network = CopyEncoder(levels(settings.channels, size_px), settings.width)
     model = prepare(network)
     return Run(model, torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=0.01))
 
