@@ -13,7 +13,7 @@ import ray
 from pydantic import TypeAdapter
 
 from jobs.cluster import connected, interruptible, require_room, run_recipe
-from jobs.copy_encoder import train_encoder
+from jobs.training import train_encoder
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, open_artefact, plan_digest, publish
 from scanloom.attributes import AttributeSchema

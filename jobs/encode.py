@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray.data
-from ray.train import DataConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
-from jobs.cluster import connected, interruptible, require_room, run_recipe
+from jobs.cluster import connected, require_room, run_recipe
+from jobs.training import require_workers, scans_of, train
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, lineage, open_artefact, publish
 from scanloom.recipe import Recipe
@@ -25,8 +24,7 @@ from scanloom.training.encoding_plan import SPLITS, EncodingJob, distinct_prompt
 from scanloom.training.given_weights import put_autoencoder
 from scanloom.training.prompt_encoding import PromptEncoder
 from scanloom.training.reconstruction import AutoencoderJob, plan_autoencoder, train_autoencoder
-from scanloom.training.reports import following
-from scanloom.training.runs import forget, outcome, run_config
+from scanloom.training.runs import forget, run_name
 
 # A driver that tracks more tasks than this spends its time on them; shards then share a task.
 MOST_TASKS = 2000
@@ -55,7 +53,7 @@ def _autoencoder(recipe: Recipe, corpus: Artefact) -> Artefact:
     begin(store, "autoencoder", plan)
     if done := find_artefact(store.uri, "autoencoder"):
         return done
-    runs, name = Store(recipe.uri("runs")), f"autoencoder-{plan[:12]}"
+    runs, name = Store(recipe.uri("runs")), run_name("autoencoder", plan)
     made = put_autoencoder(given, store) if given else _train(recipe, corpus, runs, name)
     files = [FileEntry.model_validate(entry) for entry in made.pop("files")]
     artefact = publish(
@@ -67,32 +65,10 @@ def _autoencoder(recipe: Recipe, corpus: Artefact) -> Artefact:
 
 
 def _train(recipe: Recipe, corpus: Artefact, runs: Store, name: str) -> dict[str, Any]:
-    section = recipe.autoencoder
-    require_room(section.workers * section.cpus_per_worker, section.workers * section.use_gpu, "autoencoder.workers")
-    scans: dict[str, Any] = {
-        split: ray.data.read_parquet(
-            parquet_paths(corpus, split, section.max_scans), filesystem=corpus.store.filesystem
-        ).select_columns(["id", "image"])
-        for split in SPLITS
-    }
-    with (
-        console.progress("autoencoder", section.steps, "steps") as advance,
-        following(console.step_follower(advance)) as reports,
-    ):
-        # Checkers know only functions that return nothing, as Ray Tune's.
-        work: Any = train_autoencoder
-        trainer = TorchTrainer(
-            work,
-            train_loop_config=AutoencoderJob.of(recipe, corpus).model_dump(mode="json"),
-            datasets=scans,
-            dataset_config=DataConfig(datasets_to_split=[]),
-            scaling_config=ScalingConfig(
-                num_workers=section.workers, use_gpu=section.use_gpu,
-                resources_per_worker={"CPU": section.cpus_per_worker},
-            ),
-            run_config=run_config(runs, name, max_failures=section.max_failures, keep_checkpoints=1, reports=reports),
-        )  # fmt: skip
-        return outcome(interruptible(trainer.fit))
+    section, job = recipe.autoencoder, AutoencoderJob.of(recipe, corpus)
+    require_workers(section, "autoencoder")
+    scans = scans_of(corpus, SPLITS, ["id", "image"], section.max_scans)
+    return train("autoencoder", section, train_autoencoder, job, scans, runs, name)
 
 
 def _latents(recipe: Recipe, corpus: Artefact, autoencoder: Artefact) -> Artefact:

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from jobs.cluster import connected, interruptible, run_recipe
-from jobs.copy_encoder import train_encoder
+from jobs.training import train_encoder
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, open_artefact, publish
 from scanloom.audit.privacy_gate import GateJob, index_shard, make_gate, plan_gate

@@ -8,21 +8,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import ray.data
-from ray.train import DataConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-
-from jobs.cluster import connected, interruptible, require_room, run_recipe
+from jobs.cluster import connected, run_recipe
+from jobs.training import require_workers, scans_of, train
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, open_artefact, publish
 from scanloom.models.probe_card import Check, ProbeCard, Reading
 from scanloom.recipe import Recipe
 from scanloom.shards.commit import begin
-from scanloom.shards.reader import parquet_paths
 from scanloom.store import Store
 from scanloom.training.attribute_probe import ProbeJob, plan_probe, train_probe
-from scanloom.training.reports import following
-from scanloom.training.runs import forget, outcome, run_config, run_name
+from scanloom.training.runs import forget, run_name
 
 
 def probe(recipe: Recipe) -> None:
@@ -50,33 +45,11 @@ def probe(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe, corpus: Artefact, runs: Store, name: str) -> dict[str, Any]:
-    section = recipe.probe
-    require_room(section.workers * section.cpus_per_worker, section.workers * section.use_gpu, "probe.workers")
-    job = ProbeJob.of(recipe, corpus)
-    scans: dict[str, Any] = {
-        split: ray.data.read_parquet(
-            parquet_paths(corpus, split, section.max_scans), filesystem=corpus.store.filesystem
-        ).select_columns(["id", "image", *job.attributes.names])
-        for split in ("train", "validation")
-    }
-    with (
-        console.progress("probe", section.steps, "steps") as advance,
-        following(console.step_follower(advance)) as reports,
-    ):
-        work: Any = train_probe  # Checkers see the class of Ray Tune's time, whose loops return nothing.
-        trainer = TorchTrainer(
-            work,
-            train_loop_config=job.model_dump(mode="json"),
-            datasets=scans,
-            # Every worker holds all scans; which ones it trains on follows from the step and its rank.
-            dataset_config=DataConfig(datasets_to_split=[]),
-            scaling_config=ScalingConfig(
-                num_workers=section.workers, use_gpu=section.use_gpu,
-                resources_per_worker={"CPU": section.cpus_per_worker},
-            ),
-            run_config=run_config(runs, name, max_failures=section.max_failures, keep_checkpoints=1, reports=reports),
-        )  # fmt: skip
-        return outcome(interruptible(trainer.fit))
+    section, job = recipe.probe, ProbeJob.of(recipe, corpus)
+    require_workers(section, "probe")
+    columns = ["id", "image", *job.attributes.names]
+    scans = scans_of(corpus, ("train", "validation"), columns, section.max_scans)
+    return train("probe", section, train_probe, job, scans, runs, name)
 
 
 def _report(made: Artefact, seconds: float) -> None:

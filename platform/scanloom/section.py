@@ -38,9 +38,11 @@ class Section(BaseModel):
 
 
 class DataParallel(Section):
-    """How a network is trained by several workers at once, each on a part of every batch."""
+    """How a network is trained on scans by several workers at once, each on a part of every batch."""
 
+    steps: Count
     batch_size: Count
+    max_scans: Count
     workers: Count = 1
     cpus_per_worker: Count = 1
     use_gpu: bool = False
