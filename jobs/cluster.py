@@ -28,8 +28,8 @@ SPARE_CPUS = 2
 T = TypeVar("T")
 
 
-def run_recipe(work: Callable[[Recipe], None], job: str, summary: str, argv: Sequence[str] | None) -> int:
-    """Exit code of a job that takes `RECIPE [--set KEY=VALUE ...]` and does `work` on the recipe."""
+def recipe_parser(job: str, summary: str) -> argparse.ArgumentParser:
+    """What reads `RECIPE [--set KEY=VALUE ...]`, as `recipe` and `overrides`; a job may add options of its own."""
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{job}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter,
         # Whoever checks a command before it is sent to a cluster looks for options by their names.
@@ -40,7 +40,12 @@ def run_recipe(work: Callable[[Recipe], None], job: str, summary: str, argv: Seq
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override one value, such as generate.images=512; may be repeated",
     )  # fmt: skip
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def run_recipe(work: Callable[[Recipe], None], job: str, summary: str, argv: Sequence[str] | None) -> int:
+    """Exit code of a job that takes `RECIPE [--set KEY=VALUE ...]` and does `work` on the recipe."""
+    arguments = recipe_parser(job, summary).parse_args(argv)
     return console.run(lambda: work(recipe_at(arguments.recipe, arguments.overrides)))
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from jobs.cluster import connected
+from jobs.cluster import connected, recipe_parser
 from scanloom import console
 from scanloom.artefact import open_artefact
 from scanloom.audit.bundle import signer_of
@@ -52,13 +52,7 @@ def _on_ray(work: Callable[[Mapping[str, Any]], T], settings: Sequence[Mapping[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        # Whoever checks a command before it is sent to a cluster looks for options by their names.
-        allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("recipe", help="a YAML recipe, a file or s3://bucket/key")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser = recipe_parser("release", __doc__ or "")
     parser.add_argument("--policy", required=True, metavar="PLACE", help="YAML, a file or s3://bucket/key")
     parser.add_argument("--to", required=True, metavar="URI", help="an empty folder or s3://bucket/prefix")
     parser.add_argument("--audit", metavar="URI", help="default: DATASET-audit")
