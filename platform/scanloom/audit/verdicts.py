@@ -6,7 +6,7 @@ something is to be looked at, "not measured" where it was not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -150,42 +150,30 @@ def betrayal(one: MembershipAttack) -> float | None:
 
 
 def _looks_real(report: Report) -> _Told | None:
-    told = _real_as(report.fidelity, ("precision", "kid"), "Yes, as far as it can be measured.",
-                    "Partly: the images can be told from scans.", "No.")  # fmt: skip
-    if told is None or report.fidelity is None:
-        return None
-    precision = report.fidelity["precision"]
-    return (
-        *told,
-        f"{of_100(precision.synthetic.value)} images lie where real scans lie; of real scans of other people "
-        f"{of_100(precision.baseline.value)} do.",
-    )
+    return _as_real_scans(
+        report, ("precision", "kid"), "Partly: the images can be told from scans.",
+        "{synthetic} images lie where real scans lie; of real scans of other people {baseline} do.",
+    )  # fmt: skip
 
 
 def _varied(report: Report) -> _Told | None:
-    told = _real_as(report.fidelity, ("recall", "coverage"), "Yes, as far as it can be measured.",
-                    "Partly: some kinds of scans are missing.", "No.")  # fmt: skip
-    if told is None or report.fidelity is None:
-        return None
-    recall = report.fidelity["recall"]
-    return (
-        *told,
-        f"{of_100(recall.synthetic.value)} real scans have an image near them; as many real scans of other people "
-        f"come near {of_100(recall.baseline.value)}.",
-    )
+    return _as_real_scans(
+        report, ("recall", "coverage"), "Partly: some kinds of scans are missing.",
+        "{synthetic} real scans have an image near them; as many real scans of other people come near {baseline}.",
+    )  # fmt: skip
 
 
-def _real_as(
-    fidelity: Mapping[str, Beside] | None, names: tuple[str, str], good: str, look: str, bad: str
-) -> tuple[Grade, str] | None:
-    """By the first figure, a share, and whether both are as between real scans."""
-    if fidelity is None or any(name not in fidelity for name in names):
+def _as_real_scans(report: Report, names: Sequence[str], partly: str, why: str) -> _Told | None:
+    """Whether all figures are as between real scans; `why` tells the first of them, a share."""
+    figures = report.fidelity or {}
+    if any(name not in figures for name in names):
         return None
-    first = fidelity[names[0]]
-    if all(as_real(name, fidelity[name]) for name in names):
-        return "good", good
+    first = figures[names[0]]
+    because = why.format(synthetic=of_100(first.synthetic.value), baseline=of_100(first.baseline.value))
+    if all(as_real(name, figures[name]) for name in names):
+        return "good", "Yes, as far as it can be measured.", because
     half = (first.synthetic.value or 0.0) >= _HALF * (first.baseline.value or 0.0)
-    return ("look", look) if half else ("bad", bad)
+    return ("look", partly, because) if half else ("bad", "No.", because)
 
 
 def _shows(report: Report) -> _Told | None:
