@@ -24,6 +24,7 @@ from scanloom.errors import RecipeError
 from scanloom.needs import gpus_needed
 from scanloom.overview import overview, unfinished
 from scanloom.progress import Progress, progress_of_unfinished
+from scanloom.remote import Overrides, RecipePlace
 from scanloom.store import Store
 from scanloom.store_rights import try_store
 from scanloom.stored_recipe import content_at, recipe_at
@@ -38,10 +39,6 @@ app = typer.Typer(
 app.command(context_settings=remote.PASSED_ON)(remote.submit)
 app.command(context_settings=remote.PASSED_ON)(remote.render)
 app.add_typer(remote.jobs, name="jobs")
-_Recipe = Annotated[str, typer.Argument(help="A YAML recipe, a file or s3://bucket/key.", metavar="RECIPE")]
-_Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value; may be repeated.")
-]
 _Address = Annotated[
     str | None,
     typer.Option("--address", metavar="URL", help="Run it on this Ray cluster, as `submit` does: http://host:8265."),
@@ -56,7 +53,7 @@ def main() -> int:
 @app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="A folder, s3://bucket/prefix, a DICOMweb root, or a recipe (.yaml).")],
-    overrides: _Overrides = None,
+    overrides: Overrides = None,
     sheet: Annotated[str | None, typer.Option(metavar="FILE", help="Write a PNG of example scans there.")] = None,
     as_json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the same as data.")] = None,
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="Write a recipe to begin with.")] = None,
@@ -73,28 +70,30 @@ def inspect(
     _become_job("survey", [source, *options])
 
 
-@app.command(context_settings=remote.PASSED_ON)
-def prepare(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
-    """Scans -> corpus: read, de-identify, split by patient; what cannot be used goes to the quarantine table."""
-    _run_recipe("prepare", context, recipe, overrides, address)
+def _recipe_job(job: str, told: str) -> None:
+    """Add the command that runs a job on a recipe, here or on a cluster; options that are not known go to the job."""
+
+    def run(context: typer.Context, recipe: RecipePlace, overrides: Overrides = None, address: _Address = None) -> None:
+        if address is not None:
+            remote.send(job, recipe, overrides or [], context.args, address)
+        # Read it here first: a typo is then told at once, not after Ray is imported.
+        recipe_at(recipe, overrides or ())
+        _become_job(job, [recipe, *(f"--set={override}" for override in overrides or ()), *context.args])
+
+    app.command(job, help=told, context_settings=remote.PASSED_ON)(run)
 
 
-@app.command(context_settings=remote.PASSED_ON)
-def encode(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
-    """Corpus -> autoencoder and latents."""
-    _run_recipe("encode", context, recipe, overrides, address)
-
-
-@app.command(context_settings=remote.PASSED_ON)
-def finetune(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
-    """Latents -> generator."""
-    _run_recipe("finetune", context, recipe, overrides, address)
+_recipe_job(
+    "prepare", "Scans -> corpus: read, de-identify, split by patient; what cannot be used goes to the quarantine table."
+)
+_recipe_job("encode", "Corpus -> autoencoder and latents.")
+_recipe_job("finetune", "Latents -> generator.")
 
 
 @app.command()
 def plan(
-    recipe: _Recipe,
-    overrides: _Overrides = None,
+    recipe: RecipePlace,
+    overrides: Overrides = None,
     rate: Annotated[
         float | None, typer.Option(min=1e-9, metavar="IMAGES_PER_S", help="What one engine makes in a second.")
     ] = None,
@@ -114,28 +113,12 @@ def plan(
         console.result_table(title, columns, rows)
 
 
-@app.command(context_settings=remote.PASSED_ON)
-def probe(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
-    """Corpus -> probe, a small network that reads attributes off images, to check datasets with."""
-    _run_recipe("probe", context, recipe, overrides, address)
-
-
-@app.command(context_settings=remote.PASSED_ON)
-def gate(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
-    """Corpus -> privacy gate, which refuses copies of training scans while images are made."""
-    _run_recipe("gate", context, recipe, overrides, address)
-
-
-@app.command(context_settings=remote.PASSED_ON)
-def generate(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
-    """Generator -> synthetic dataset, as Parquet and DICOM shards."""
-    _run_recipe("generate", context, recipe, overrides, address)
-
-
-@app.command(context_settings=remote.PASSED_ON)
-def audit(context: typer.Context, recipe: _Recipe, overrides: _Overrides = None, address: _Address = None) -> None:
-    """Dataset -> audit: copies of training scans, likeness to real ones; the evidence that a release needs."""
-    _run_recipe("audit", context, recipe, overrides, address)
+_recipe_job("probe", "Corpus -> probe, a small network that reads attributes off images, to check datasets with.")
+_recipe_job("gate", "Corpus -> privacy gate, which refuses copies of training scans while images are made.")
+_recipe_job("generate", "Generator -> synthetic dataset, as Parquet and DICOM shards.")
+_recipe_job(
+    "audit", "Dataset -> audit: copies of training scans, likeness to real ones; the evidence that a release needs."
+)
 
 
 @app.command(context_settings=remote.PASSED_ON, add_help_option=False)
@@ -324,16 +307,6 @@ def _root(show_version: Annotated[bool, typer.Option("--version", help="Print th
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------
-
-
-def _run_recipe(
-    job: str, context: typer.Context, recipe: str, overrides: list[str] | None, address: str | None
-) -> None:
-    if address is not None:
-        remote.send(job, recipe, overrides or [], context.args, address)
-    # Read it here first: a typo is then told at once, not after Ray is imported.
-    recipe_at(recipe, overrides or ())
-    _become_job(job, [recipe, *(f"--set={override}" for override in overrides or ()), *context.args])
 
 
 def _become_job(job: str, arguments: list[str]) -> NoReturn:

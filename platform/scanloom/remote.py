@@ -17,11 +17,16 @@ if TYPE_CHECKING:  # Ray, which takes a second to import
     from scanloom.ray_jobs import Job, JobsApi, JobState
 
 INTERRUPTED = 130
+RecipePlace = Annotated[str, typer.Argument(help="A YAML recipe, a file or s3://bucket/key.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value; may be repeated.")
+]
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 Address = Annotated[
     str,
     typer.Option(envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="The cluster's dashboard: http://host:8265."),
 ]
+_Job = Annotated[str, typer.Argument(help="prepare, encode, finetune, generate, audit, ...", metavar="JOB")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `scanloom jobs list` shows it.")]
 
 jobs = typer.Typer(help="Jobs on a Ray cluster: what runs there, its log, its end.", no_args_is_help=True)
@@ -29,12 +34,10 @@ jobs = typer.Typer(help="Jobs on a Ray cluster: what runs there, its log, its en
 
 def submit(
     context: typer.Context,
-    job: Annotated[str, typer.Argument(help="prepare, encode, finetune, generate, audit, ...", metavar="JOB")],
-    recipe: Annotated[str, typer.Argument(help="A YAML recipe, a file or s3://bucket/key.", metavar="RECIPE")],
+    job: _Job,
+    recipe: RecipePlace,
     address: Address,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value; may be repeated.")
-    ] = None,
+    overrides: Overrides = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print its id and leave it to itself.")] = False,
 ) -> None:
     """Run a job on a Ray cluster and follow it; again, to go on after any interruption. Ctrl-C asks what to do.
@@ -61,12 +64,10 @@ def send(
 
 def render(
     context: typer.Context,
-    job: Annotated[str, typer.Argument(help="prepare, encode, finetune, generate, audit, ...", metavar="JOB")],
-    recipe: Annotated[str, typer.Argument(help="A YAML recipe, a file or s3://bucket/key.", metavar="RECIPE")],
+    job: _Job,
+    recipe: RecipePlace,
     image: Annotated[str, typer.Option(metavar="IMAGE", help="scanloom's, with a version.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one value; may be repeated.")
-    ] = None,
+    overrides: Overrides = None,
     namespace: Annotated[str, typer.Option(metavar="NAME", help="Of Kubernetes.")] = "scanloom",
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the RayJob; default: of what it does.")] = None,
     queue: Annotated[str | None, typer.Option(metavar="NAME", help="Of Kueue, for it to wait in.")] = None,
