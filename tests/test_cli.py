@@ -250,20 +250,23 @@ def test_doctor_tries_a_store_and_fails_where_it_cannot_be_used(store_uri: str) 
 def test_regenerate_writes_the_image_and_says_whether_it_equals_the_stored_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: int, code: int, verdict: str
 ) -> None:
-    from scanloom.sampling import production
+    from scanloom.sampling import regeneration
     from scanloom.shards.writer import png_pixels
 
     made = np.full((4, 6), 250, np.uint8)
     asked = []
 
-    def regenerate(*arguments: str | None) -> tuple[np.ndarray, np.ndarray]:
+    def regenerate(*arguments: str | None) -> regeneration.Regenerated:
         asked.append(arguments)
-        return made, (made + difference).astype(np.uint8)
+        origin = {"device": "cpu", "threads": 1 + difference}
+        stored = (made + difference).astype(np.uint8)
+        return regeneration.Regenerated(made, stored, [origin], {"device": "cpu", "threads": 1})
 
-    monkeypatch.setattr(production, "regenerate", regenerate)
+    monkeypatch.setattr(regeneration, "regenerate", regenerate)
     out = tmp_path / "new" / "x.png"
     result = _invoke("regenerate", "s3://b/dataset", "0123", "--out", str(out))
     assert (result.exit_code, verdict in result.stdout) == (code, True)
+    assert ("it was made with threads 3; here it is threads 1" in result.stdout) == bool(difference)
     assert asked == [("s3://b/dataset", "0123", None)]
     assert np.array_equal(png_pixels(out.read_bytes()), made)
 

@@ -24,7 +24,7 @@ from scanloom.dicom.checks import dciodvfy, violations
 from scanloom.errors import ArtefactError, RecipeError, StoreError
 from scanloom.progress import Progress
 from scanloom.recipe import Recipe
-from scanloom.sampling.production import regenerate
+from scanloom.sampling.regeneration import regenerate
 from scanloom.shards.reader import read_file, rows
 from scanloom.shards.writer import image_pixels, png_pixels
 from scanloom.store import Store
@@ -136,8 +136,7 @@ def test_every_dicom_file_passes_dciodvfy_and_our_own_rules(dataset: Artefact) -
 def test_any_image_comes_again_from_its_row(dataset: Artefact) -> None:
     wanted = [row["id"] for row in rows(dataset, "images", ["id"])][::9]
     for image_id in wanted:
-        made, stored = regenerate(dataset.uri, image_id)
-        np.testing.assert_array_equal(made, stored)
+        assert regenerate(dataset.uri, image_id).difference == 0
 
 
 def test_every_file_is_what_the_manifest_says(dataset: Artefact) -> None:

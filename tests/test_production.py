@@ -29,10 +29,10 @@ from scanloom.sampling.production import (
     ShardEngine,
     give_up_after,
     produce,
-    regenerate,
     request,
 )
 from scanloom.sampling.quality import PASSES, Appearance, Judge, Verdict
+from scanloom.sampling.regeneration import regenerate
 from scanloom.sampling.tally import Tally
 from scanloom.shards.commit import ShardCommit, begin, commit_key
 from scanloom.store import Store
@@ -232,7 +232,7 @@ def test_an_image_comes_again_on_as_many_threads_as_its_shard_was_made_on(tmp_pa
     begin(store, "dataset", plan.digest)
     for shard in (0, 1):
         made = engine({"shard": shard, "rows": rows_to_bytes(plan.rows(shard))})
-        made["environment"] = made["environment"] | {"threads": shard + 1}
+        made["environment"] = made["environment"] | ({"threads": 2, "torch": "older"} if shard else {})
         tally.add(ShardCommit.model_validate_json(write_shard(made, plan.spec, store)["commit"]))
     dataset = publish(
         store, kind="dataset", name="d", recipe={}, inputs=[generator], files=tally.files(),
@@ -241,11 +241,15 @@ def test_an_image_comes_again_on_as_many_threads_as_its_shard_was_made_on(tmp_pa
     threads = torch.get_num_threads()
     try:
         for index in (3, 0):
-            regenerate(dataset.uri, plan.spec.image_id(index))
+            again = regenerate(dataset.uri, plan.spec.image_id(index))
             assert torch.get_num_threads() == 1 + index // 2
+            told = f"it was made with torch older; here it is torch {torch.__version__}"
+            assert again.told == (told if index == 3 else None)
         store.delete([commit_key(0), commit_key(1)])
-        regenerate(dataset.uri, plan.spec.image_id(3))
+        again = regenerate(dataset.uri, plan.spec.image_id(3))
         assert torch.get_num_threads() == 1
+        assert again.told is not None
+        assert "made in 2 environments" in again.told
     finally:
         torch.set_num_threads(threads)
 

@@ -185,16 +185,18 @@ def regenerate(
     generator: Annotated[str | None, typer.Option(help="URI of the generator, where it has moved.")] = None,
 ) -> None:
     """Make one image of a dataset again, alone, from its row; exit 1 where it differs from the stored one."""
-    from scanloom.sampling.production import regenerate as make
+    from scanloom.sampling.regeneration import regenerate as make
     from scanloom.shards.writer import png_bytes
 
-    made, stored = make(dataset, image_id, generator)
+    again = make(dataset, image_id, generator)
     target = out or Path(f"{image_id}.png")
-    Store(str(target.parent)).write(target.name, png_bytes(made))
-    difference = int(abs(made.astype(int) - stored.astype(int)).max())
-    verdict = "equal to the stored one" if difference == 0 else f"differs from the stored one by up to {difference}"
+    Store(str(target.parent)).write(target.name, png_bytes(again.made))
+    apart = again.difference
+    verdict = "equal to the stored one" if apart == 0 else f"differs from the stored one by up to {apart}"
     console.result_table(f"image {image_id}", ("where", "pixels"), [(target, verdict)])
-    if difference:
+    if again.told is not None:
+        print(again.told)  # noqa: T201
+    if apart:
         raise typer.Exit(1)
 
 

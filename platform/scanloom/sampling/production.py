@@ -1,4 +1,4 @@
-"""The pixels of a shard: what one generation actor does, without knowing of Ray, and one image made anew.
+"""The pixels of a shard: what one generation actor does, without knowing of Ray.
 
 Pixels are quantised here, once; everything after handles integers.
 
@@ -19,21 +19,18 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from scanloom.artefact import Artefact, open_artefact
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import Probe, load_probe
 from scanloom.models.generator import load_generator
 from scanloom.models.privacy_gate import PrivacyGate, load_gate
 from scanloom.recipe import Quality
-from scanloom.sampling.dataset import Pixels, rows_from_bytes, stored_row
+from scanloom.sampling.dataset import Pixels, rows_from_bytes
 from scanloom.sampling.decoding import NotNumbers
 from scanloom.sampling.draw import CELL_PREFIX
 from scanloom.sampling.engine import Engine, ImageRequest, is_batch_invariant
 from scanloom.sampling.gate import Privacy
 from scanloom.sampling.plan import PlanSpec
 from scanloom.sampling.quality import Agreement, Appearance, Judge, Verdict, verdicts
-from scanloom.shards.commit import committed_shards, read_commits
-from scanloom.shards.writer import image_pixels
 
 HOPELESS_DRAWS = 32
 """Refusals in a row after which, with 95 % confidence, fewer than one draw in eleven would pass."""
@@ -67,7 +64,7 @@ class ShardEngine:
         self._engine = Engine(generator, spec.slots, spec.solver)
         self._judges = judges(spec, probe_uri, device, gate_uri)
         invariant = is_batch_invariant(generator, spec.slots)
-        self._environment = environment(device) | {"batch_invariant": invariant}
+        self.environment = environment(device) | {"batch_invariant": invariant}
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
         """Of `shard` (int) and `rows` (plan rows as Arrow IPC): these, what `Produced` holds, and how it went."""
@@ -80,7 +77,7 @@ class ShardEngine:
             "attempts": made.attempts,
             "rejects": made.rejects,
             "engine_s": time.monotonic() - started,
-            "environment": self._environment,
+            "environment": self.environment,
         }
 
     def again(self, row: Mapping[str, Any]) -> Pixels:
@@ -270,36 +267,6 @@ def _all_broken(rejects: Sequence[Mapping[str, Any]]) -> bool:
 
 def _cell(row: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(value for name, value in row.items() if name.startswith(CELL_PREFIX))
-
-
-def regenerate(dataset_uri: str, image_id: str, generator_uri: str | None = None) -> tuple[Pixels, Pixels]:
-    """One image made anew from its row, and as it is stored, both [H, W].
-
-    The generator is found by the dataset's lineage, or at `generator_uri` where it has moved. The two are equal on a
-    configuration like the one that made it, and otherwise differ by rounding.
-
-    Raises RecipeError for an id that is not in the dataset, ArtefactError where another generator is there.
-    """
-    dataset = open_artefact(dataset_uri, "dataset")
-    statistics = dataset.manifest.statistics
-    spec = PlanSpec.model_validate(statistics["spec"])
-    stored = stored_row(dataset, spec, image_id)
-    home = next(entry.uri for entry in dataset.manifest.inputs if entry.role == "generator")
-    maker = _environment_of(stored["index"] // spec.images_per_shard, dataset, spec)
-    device = "cuda" if maker["device"] != "cpu" and torch.cuda.is_available() else "cpu"
-    # Nobody judges it a second time, so neither probe nor gate is needed.
-    unjudged = spec.model_copy(update={"probe": None, "gate": None})
-    engine = ShardEngine(unjudged, generator_uri or home, device, maker["threads"])
-    return engine.again(stored), image_pixels(stored)
-
-
-def _environment_of(shard: int, dataset: Artefact, spec: PlanSpec) -> Mapping[str, Any]:
-    """What a shard was made on; of a dataset that came without its commits, the first that its manifest names."""
-    environments: list[dict[str, Any]] = dataset.manifest.statistics["environments"]
-    if len(environments) > 1 and shard in committed_shards(dataset.store):
-        [commit] = read_commits(dataset.store, spec.digest, [shard])
-        return dict(commit.statistics["environment"])
-    return environments[0]
 
 
 def request(spec: PlanSpec, row: Mapping[str, Any]) -> ImageRequest:
