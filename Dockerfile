@@ -32,11 +32,12 @@ RUN --mount=type=bind,from=wheels,source=/home/ray/wheels,target=/wheels \
 WORKDIR /srv/scanloom
 COPY jobs jobs
 COPY serve serve
-ENV PYTHONPATH=/srv/scanloom PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
+ENV PYTHONPATH=/srv/scanloom PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 \
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:middlewares
 # KubeRay's probes are bash and wget; the versions must be those that the manifests name; nothing may be left to import.
 RUN bash -c 'type bash wget' \
     && python -c "import ray; assert ray.__version__ == '2.60.0', ray.__version__" \
     && python -m jobs.generate --help \
-    && python -c "import deepspeed, serve.app" \
+    && python -c "import deepspeed, serve.app, serve.proxy" \
     && scanloom doctor
 CMD ["scanloom", "--help"]

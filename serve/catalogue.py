@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ class Offer:
     card: GeneratorCard
     model_card: str
     """Markdown; empty where there is none."""
+    most_steps: int | None = None
+    """The timesteps of its noise schedule; None: not known."""
 
     @property
     def name(self) -> str:
@@ -75,8 +78,14 @@ class Offer:
             attributes=[_told(declaration) for declaration in self.card.attributes.declarations],
             envelope=self.envelope,
             gate=self.gate,
+            most_steps=self.most_steps,
             card=self.model_card,
         )
+
+    def require_steps(self, steps: int) -> None:
+        """Raise Refusal of the field `steps` for more than the noise schedule has."""
+        if self.most_steps is not None and steps > self.most_steps:
+            raise invalid("steps", f"{steps} is over the {self.most_steps} timesteps that {self.name} was trained on")
 
     def attributes(self, asked: Mapping[str, Any]) -> dict[str, Value]:
         """The attributes of a request in canonical form, what is left out as unknown.
@@ -144,6 +153,10 @@ class Offer:
         factor = self.card.factor
         return order.latent_shape[1] * factor, order.latent_shape[2] * factor
 
+    def own_steps(self, order: ImageOrder) -> float:
+        """Steps at the generator's own size that have as many pixels to work on as those of an order's image."""
+        return order.steps * math.prod(self.image_size(order)) / math.prod(self.size_px)
+
     def example(self) -> dict[str, Any]:
         """Attributes that it was trained on, for examples that work: of each the most frequent value."""
         found: dict[str, Any] = {}
@@ -175,7 +188,9 @@ def read_offer(served: ServedGenerator) -> Offer:
     artefact = inputs.generator
     card = parse_card(artefact.store.read(CARD), served.uri)
     gate = inputs.gate.digest if inputs.gate is not None else UNGATED
-    return Offer(served, artefact.manifest.name, artefact.digest, gate, card, _model_card(artefact))
+    return Offer(
+        served, artefact.manifest.name, artefact.digest, gate, card, _model_card(artefact), inputs.most_steps
+    )  # fmt: skip
 
 
 def offered(catalogue: Mapping[str, Offer], name: str | None) -> Offer:

@@ -82,6 +82,9 @@ class Limits(Section):
 class Tenant(Section):
     """What one tenant may use; None: no limit of its own."""
 
+    image_steps: Count = 50
+    """An image counts once for every so many of its steps that are begun, at the size that its generator was trained
+    on; a larger one as if it had as many more steps."""
     images_per_minute: Annotated[float, Field(gt=0)] | None = None
     images_at_once: Count | None = None
     """Asked for by requests that are not answered yet."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Query
 from pydantic import BaseModel
 from starlette.concurrency import iterate_in_threadpool
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -23,6 +24,7 @@ from serve.ledger import Ledger
 from serve.parts import Parts
 from serve.pictures import JSON, PARQUET
 from serve.problem import Refusal, refusal_of
+from serve.ranges import Wanted, wanted
 from serve.turns import Turns
 
 Result = TypeVar("Result")
@@ -49,6 +51,7 @@ class Datasets:
         caller = _caller(request)
         body = await read_body(request, DatasetRequest)
         offer = offered(self._parts.catalogue, body.generator)
+        offer.require_steps(body.steps)
         key = idempotency_key(request)
         try:
             # An order that is on its way is placed and counted, whether the client waits for it or not.
@@ -81,15 +84,19 @@ class Datasets:
         return _answer(await self._call(request, _dumped, self._ledger.result, _tenant(request), id))
 
     async def file(self, request: Request, id: str, path: str) -> Response:
-        """A file of a finished dataset in a store that is a local folder."""
-        first, rest = await self._call(request, _begun, self._ledger, _tenant(request), id, path)
+        """A file of a finished dataset in a store that is a local folder, or a part of it."""
+        part, first, rest = await self._call(
+            request, _begun, self._ledger, _tenant(request), id, path, request.headers
+        )  # fmt: skip
+        if part.status == 304:
+            return Response(status_code=304, headers=part.headers)
 
         def content() -> Iterator[bytes]:
             yield first
             yield from rest
 
         media_type = _SUFFIXES.get(path.rpartition(".")[2], _OTHER)
-        return StreamingResponse(iterate_in_threadpool(content()), media_type=media_type)
+        return StreamingResponse(iterate_in_threadpool(content()), part.status, part.headers, media_type)
 
     async def _placed(
         self, caller: Caller, body: DatasetRequest, request: Request, key: str | None
@@ -100,7 +107,7 @@ class Datasets:
             if key is not None and await line.call(ledger.ordered, caller.tenant, key) is not None:
                 return await line.call(ledger.place, *order)
             open_jobs = await line.call(ledger.open_jobs, caller.tenant)
-            with self._parts.quotas.charge_dataset(caller, body.images, open_jobs) as charge:
+            with self._parts.quotas.charge_dataset(caller, body.images, open_jobs, body.steps) as charge:
                 job, new = await line.call(ledger.place, *order)
                 if new:
                     charge.made(body.images)
@@ -141,10 +148,15 @@ def _tenant(request: Request) -> str | None:
     return None if "admin" in caller.scopes else caller.tenant
 
 
-def _begun(ledger: Ledger, tenant: str | None, id: str, path: str) -> tuple[bytes, Iterator[bytes]]:
-    """The first piece of a file and the rest, so that what is wrong is known before the answer begins."""
-    pieces = iter(ledger.file(tenant, id, path))
-    return next(pieces, b""), pieces
+def _begun(
+    ledger: Ledger, tenant: str | None, id: str, path: str, headers: Headers
+) -> tuple[Wanted, bytes, Iterator[bytes]]:
+    """What is wanted of a file, its first piece and the rest, so that what is wrong is known before the answer
+    begins."""
+    file = ledger.file(tenant, id, path)
+    part = wanted(headers, file.size, file.sha256)
+    pieces = file.pieces(part.start, part.stop)
+    return part, next(pieces, b""), pieces
 
 
 def _dumped(method: Callable[..., BaseModel], *arguments: Any) -> str:

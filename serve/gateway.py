@@ -122,8 +122,13 @@ def _add_datasets(app: FastAPI, parts: Parts) -> None:
         summary="Cancel a dataset")  # fmt: skip
     add(f"{one}/result", datasets.result, response_model=DatasetResult, responses=settled,
         summary="The files of a finished dataset")  # fmt: skip
-    file = success(200, "The file.", content={name: {} for name in FILE_TYPES})
-    add(f"{one}/files/{{path:path}}", datasets.file, response_class=Response, responses=file | settled,
+    content: dict[str, Any] = {name: {} for name in FILE_TYPES}
+    file = success(200, "The file.", content=content) | success(
+        206, "The part of it that Range names.", content=content
+    )
+    unchanged = success(304, "It is what If-None-Match names: the ETag of a file is its SHA-256.")
+    add(f"{one}/files/{{path:path}}", datasets.file, response_class=Response,
+        responses=file | unchanged | problems(*faults, "conflict", "not-satisfiable"),
         summary="A file of a finished dataset in a local store")  # fmt: skip
 
 

@@ -64,7 +64,7 @@ class Images:
     async def _answered(
         self, caller: Caller, offer: Offer, order: ImageOrder, body: ImagesRequest, accepted: str
     ) -> tuple[MadeImages, Encoded]:
-        with self._parts.quotas.reserve(caller, order.count) as held:
+        with self._parts.quotas.reserve(caller, order.count, offer.own_steps(order)) as held:
             self._parts.measure.asked(order.count)
             made = await self._made(order)
             held.made(order.count)
@@ -89,6 +89,7 @@ class Images:
     def _order(self, request: Request, caller: Caller, body: ImagesRequest, offer: Offer) -> ImageOrder:
         limits = self._parts.service.limits
         _require_within(limits, body, offer)
+        offer.require_steps(body.steps)
         asked: float = request.state.asked
         return ImageOrder(
             request=request.state.request,

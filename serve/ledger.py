@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import quote
@@ -43,6 +44,22 @@ class NotFound(ScanloomError):
 
 class Conflict(ScanloomError):
     """The order stands otherwise than the request takes for granted."""
+
+
+@dataclass(frozen=True)
+class DatasetFile:
+    """A file of a finished dataset, which never changes."""
+
+    store: Store
+    path: str
+    size: int
+    """In bytes."""
+    sha256: str
+
+    def pieces(self, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes start <= n < stop, a piece at a time. Raises StoreError where the store fails."""
+        for begin in range(start, stop, _PIECE_BYTES):
+            yield self.store.read_range(self.path, begin, min(_PIECE_BYTES, stop - begin))
 
 
 class Ledger:
@@ -154,18 +171,16 @@ class Ledger:
             ],
         )
 
-    def file(self, tenant: str | None, id: str, path: str) -> Iterator[bytes]:
-        """The pieces of a finished dataset's file. Raises NotFound, at once, for what its manifest does not name."""
+    def file(self, tenant: str | None, id: str, path: str) -> DatasetFile:
+        """A finished dataset's file. Raises NotFound, at once, for what its manifest does not name."""
         _, dataset = self._dataset(tenant, id)
         if path == MANIFEST:
-            return iter([dataset.store.read(MANIFEST)])
+            text = dataset.store.read(MANIFEST)
+            return DatasetFile(dataset.store, path, len(text), hashlib.sha256(text).hexdigest())
         entry = next((file for file in dataset.manifest.files if file.path == path), None)
         if entry is None:
             raise NotFound(f"dataset {id} has no file {path[:200]!r}; its result names those that it has")
-        return (
-            dataset.store.read_range(path, start, min(_PIECE_BYTES, entry.bytes - start))
-            for start in range(0, entry.bytes, _PIECE_BYTES)
-        )
+        return DatasetFile(dataset.store, path, entry.bytes, entry.sha256)
 
     def _read_or_none(self, ticket: Ticket) -> Order | None:
         try:

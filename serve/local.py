@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_RECIPE = ROOT / "jobs" / "recipes" / "demo.yaml"
+PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""Names what Serve's proxy puts before the gateways."""
 OBJECT_STORE_BYTES = 1 << 30
 READY_S = 600.0
 """For Ray, weights and the first image."""
@@ -104,6 +106,7 @@ def _settle() -> None:
         # Its own, which its processes alone inherit.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(PROXY_CALLBACK, "serve.proxy:middlewares")
     # Replicas and the jobs of datasets import what lies beside this package.
     folders = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(folders)

@@ -38,6 +38,7 @@ STATUS: Mapping[ProblemKind, tuple[int, str]] = {
     "conflict": (409, "It contradicts what is there"),
     "too-large": (413, "The request's body is too large"),
     "invalid": (422, "The request is not valid"),
+    "not-satisfiable": (416, "The file has no such part"),
     "outside-envelope": (422, "The generator was not trained on that"),
     "busy": (429, "There is no room for it now"),
     "quota": (429, "The tenant's quota is used up"),

@@ -1,11 +1,14 @@
 """How much each tenant may ask for: images per minute, per day and at once, datasets at once and their size.
 
+What is counted is work: an image of more than `image_steps` steps counts as several, since it takes as long as several.
+
 Counted in the memory of one gateway: with several, each tenant may have each limit at each of them, and a restart
 forgets the day. Nothing is counted for a limit that is not set.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -56,7 +59,14 @@ class Held:
     """What a request has taken of its tenant's limits, until it ends."""
 
     images: int
+    each: int
+    """What one of them counts as."""
     _made: int = 0
+
+    @property
+    def counted(self) -> int:
+        """All that was taken."""
+        return self.images * self.each
 
     def made(self, images: int) -> None:
         """These of the images were made, and stay counted; the others are given back when the request ends."""
@@ -64,7 +74,8 @@ class Held:
 
     @property
     def unmade(self) -> int:
-        return self.images - self._made
+        """What is to be given back."""
+        return (self.images - self._made) * self.each
 
 
 @dataclass
@@ -92,27 +103,29 @@ class Quotas:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
-    def reserve(self, caller: Caller, images: int) -> Iterator[Held]:
-        """Room for a request of so many images, while it is answered.
+    def reserve(self, caller: Caller, images: int, steps: float = 1.0) -> Iterator[Held]:
+        """Room for a request of so many images of `steps` steps each, while it is answered.
+
+        Steps are those of an image of the size that the generator was trained on, which take as long.
 
         What the body does not tell as made is given back when it ends, unless an engine has worked for it all the same:
         where the caller went away, no attempt passed the quality checks, or it was late. QuotaError or AboveQuota:
         nothing was taken.
         """
         limits = self.service.tenant(caller.tenant)
+        held = _held(images, steps, limits)
         for limit, most in (("images_at_once", limits.images_at_once), ("images_per_minute", limits.images_per_minute)):
-            _require_possible(images, limit, most)
+            _require_possible(held, limit, most)
         with self._lock:
             use, now = self._use(caller.tenant), self.clock()
-            if limits.images_at_once is not None and use.in_flight + images > limits.images_at_once:
+            if limits.images_at_once is not None and use.in_flight + held.counted > limits.images_at_once:
                 told = f"{use.in_flight} images of the tenant's images_at_once, {limits.images_at_once}, are being made"
                 raise QuotaError(f"{told}; wait for some", IN_FLIGHT_RETRY_S, "images_at_once")
-            full_at = _filled(use, limits, images, now)
-            self._take_day(use, limits, images, now)
+            full_at = _filled(use, limits, held.counted, now)
+            self._take_day(use, limits, held, now)
             use.full_at = full_at
-            use.in_flight += images
+            use.in_flight += held.counted
             day = use.day
-        held = Held(images)
         try:
             yield held
         except BaseException as error:
@@ -122,26 +135,28 @@ class Quotas:
         finally:
             with self._lock:
                 use.full_at = _full_at(use, limits, self.clock()) - _filling_s(limits, held.unmade)
-                use.in_flight -= images
+                use.in_flight -= held.counted
                 _give_back_day(use, day, held)
 
     @contextmanager
-    def charge_dataset(self, caller: Caller, images: int, open_jobs: int) -> Iterator[Held]:
+    def charge_dataset(self, caller: Caller, images: int, open_jobs: int, steps: float = 1.0) -> Iterator[Held]:
         """Room for a dataset while it is placed; `open_jobs` of the tenant are accepted and have not ended.
+
+        Its size is limited in images, what it adds to the day is work as everywhere.
 
         Counts towards the day unless the body does not tell the images as made, as for an order that was there before.
         """
         limits = self.service.tenant(caller.tenant)
-        _require_possible(images, "images_per_dataset", limits.images_per_dataset)
+        held = _held(images, steps, limits)
+        _require_possible(Held(images, 1), "images_per_dataset", limits.images_per_dataset)
         with self._lock:
             use, now = self._use(caller.tenant), self.clock()
             if limits.datasets_at_once is not None and open_jobs + use.placing >= limits.datasets_at_once:
                 told = f"the tenant has its datasets_at_once, {limits.datasets_at_once}, already"
                 raise QuotaError(f"{told}; wait for one, or cancel it", DATASET_RETRY_S, "datasets_at_once")
-            self._take_day(use, limits, images, now)
+            self._take_day(use, limits, held, now)
             use.placing += 1
             day = use.day
-        held = Held(images)
         try:
             yield held
         finally:
@@ -158,20 +173,27 @@ class Quotas:
                 del self._used[forgotten]
         return use
 
-    def _take_day(self, use: _Use, limits: Tenant, images: int, now: float) -> None:
+    def _take_day(self, use: _Use, limits: Tenant, held: Held, now: float) -> None:
         """Count towards the UTC day, or raise and count nothing."""
-        _require_possible(images, "images_per_day", limits.images_per_day)
+        _require_possible(held, "images_per_day", limits.images_per_day)
         day = int(now // DAY_S)
         today = use.today if use.day == day else 0
-        if limits.images_per_day is not None and today + images > limits.images_per_day:
+        if limits.images_per_day is not None and today + held.counted > limits.images_per_day:
             told = f"{today} of the tenant's images_per_day, {limits.images_per_day}, are used"
             raise QuotaError(f"{told}; ask for fewer, or after midnight UTC", (day + 1) * DAY_S - now, "images_per_day")
-        use.day, use.today = day, today + images
+        use.day, use.today = day, today + held.counted
 
 
-def _require_possible(images: int, limit: str, most: float | None) -> None:
-    if most is not None and images > most:
-        raise AboveQuota(f"{images} images in one request; the tenant's {limit} is {most:g}: ask for fewer", limit)
+def _held(images: int, steps: float, limits: Tenant) -> Held:
+    return Held(images, max(1, math.ceil(steps / limits.image_steps)))
+
+
+def _require_possible(held: Held, limit: str, most: float | None) -> None:
+    if most is not None and held.counted > most:
+        each, fewer = (f", each of which counts as {held.each},", " or fewer steps") if held.each > 1 else ("", "")
+        raise AboveQuota(
+            f"{held.images} images{each} in one request; the tenant's {limit} is {most:g}: ask for fewer{fewer}", limit
+        )
 
 
 def _filling_s(limits: Tenant, images: int) -> float:

@@ -335,3 +335,35 @@ def test_the_errors_cross_processes_whole() -> None:
     assert (str(busy), busy.retry_after_s, busy.limit) == ("used up", 2.5, "images_per_minute")
     above = pickle.loads(pickle.dumps(AboveQuota("too many", "images_per_day")))
     assert (str(above), above.limit) == ("too many", "images_per_day")
+
+
+def test_an_image_of_many_steps_counts_as_several_and_a_dataset_of_them_too() -> None:
+    clock = Clock()
+    limits = quotas(clock, images_per_minute=40, images_per_day=100, images_at_once=40, images_per_dataset=30)
+    for steps, counts in ((1, 1), (50, 1), (51, 2), (1000, 20)):
+        with limits.reserve(CALLER, 2, steps) as held:
+            assert held.counted == 2 * counts
+    # 2 x 20 are all that a minute has, of which nothing was made.
+    with limits.reserve(CALLER, 2, 1000) as held:
+        refused("images_at_once", limits.reserve(CALLER, 1))
+        held.made(1)
+    assert refused("images_per_minute", limits.reserve(CALLER, 1, 1000 + 1)) == pytest.approx(1.5)
+    clock.now += 60
+    with limits.charge_dataset(CALLER, 30, 0, 100) as charge:
+        charge.made(30)
+    # 20 + 60 of the 100 are used.
+    take(limits, 20)
+    refused("images_per_day", limits.reserve(CALLER, 1))
+
+
+def test_what_its_steps_make_too_much_is_told_so() -> None:
+    limits = quotas(Clock(), images_per_minute=10, image_steps=20, images_per_day=50)
+    with pytest.raises(AboveQuota, match=r"3 images, each of which counts as 4, in one request.*or fewer steps"):
+        take_of(limits.reserve(CALLER, 3, 61))
+    with pytest.raises(AboveQuota, match="images_per_day"):
+        take_of(limits.charge_dataset(CALLER, 26, 0, 40))
+
+
+def take_of(held: AbstractContextManager[Held]) -> None:
+    with held:
+        pytest.fail("was let through")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from scanloom.models.attribute_unet import build_denoiser
 from scanloom.models.autoencoder import build_autoencoder
 from scanloom.models.card import GeneratorCard
 from scanloom.models.family import save_generator
-from scanloom.models.noise_schedule import noise_schedule
+from scanloom.models.noise_schedule import TRAIN_TIMESTEPS, noise_schedule
 from scanloom.recipe import AttributeUnet, Autoencoder, CategoryAttribute, LabelsAttribute, NumberAttribute
 from scanloom.store import Store
 
@@ -46,8 +47,13 @@ STATISTICS: dict[str, Any] = {
 }
 
 
-def publish_generator(uri: str, seed: int = 0, inputs: Sequence[Artefact] = ()) -> Artefact:
-    """A finished generator at `uri` that makes SIZE x SIZE images, different ones for different attributes."""
+def publish_generator(
+    uri: str, seed: int = 0, inputs: Sequence[Artefact] = (), timesteps: int = TRAIN_TIMESTEPS
+) -> Artefact:
+    """A finished generator at `uri` that makes SIZE x SIZE images, different ones for different attributes.
+
+    `timesteps` of its noise schedule, as a base model of another family may have.
+    """
     latent_shape = (4, SIZE // 2, SIZE // 2)
     config = AttributeUnet(channels=(8, 16), attention_head_dim=8, condition_dim=16)
     card = GeneratorCard(
@@ -61,6 +67,8 @@ def publish_generator(uri: str, seed: int = 0, inputs: Sequence[Artefact] = ()) 
         spacing_mm=0.7,
         trained_steps=0,
     )
+    schedule = noise_schedule("v_prediction")
+    schedule = replace(schedule, settings={**schedule.settings, "num_train_timesteps": timesteps})
     denoiser = build_denoiser(config, SCHEMA, latent_shape, seed)
     # An untrained denoiser says 0, whatever it is asked.
     with torch.random.fork_rng(devices=[]):
@@ -69,7 +77,7 @@ def publish_generator(uri: str, seed: int = 0, inputs: Sequence[Artefact] = ()) 
             torch.nn.init.normal_(parameter, std=0.3)
     with tempfile.TemporaryDirectory() as folder:
         vae = build_autoencoder(Autoencoder(channels=(8, 8)), SIZE, seed)
-        save_generator(Path(folder), card, denoiser, vae, noise_schedule("v_prediction"), None)
+        save_generator(Path(folder), card, denoiser, vae, schedule, None)
         files = [FileEntry.of(stored) for stored in Store(uri).put_folder(Path(folder))]
     return publish(
         Store(uri), kind="generator", name="tiny", recipe={}, inputs=inputs, files=files, statistics=STATISTICS

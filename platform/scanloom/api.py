@@ -191,6 +191,8 @@ class GeneratorInfo(Answer):
     """What it was trained on: values with counts, ranges of numbers; requests outside it are refused."""
     gate: str
     """Digest of the privacy gate that its images pass, or `ungated`."""
+    most_steps: int | None = None
+    """That an image can take: the timesteps of its noise schedule; None: not known."""
     card: str
     """The model card, Markdown; empty where the generator has none."""
 
@@ -206,7 +208,7 @@ class Generators(Answer):
 ProblemKind = Literal[
     "bad-request", "unauthenticated", "forbidden", "not-found", "not-allowed", "conflict", "too-large", "too-slow",
     "unacceptable", "outside-envelope", "invalid", "busy", "deadline", "quota", "unavailable", "store-unavailable",
-    "internal",
+    "internal", "not-satisfiable",
 ]  # fmt: skip
 
 
