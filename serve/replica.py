@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from scanloom.errors import RecipeError
 from scanloom.sampling.image_order import ImageOrder, MadeImages
-from serve.config import Service
+from scanloom.sampling.inputs import open_inputs
+from serve.config import ServedGenerator, Service
 from serve.logs import log_to_stderr
 from serve.metrics import Metrics
 
@@ -35,7 +36,7 @@ class Replica:
         self._service = service
         self._served = {generator.name: generator for generator in service.generators}
         replicas = service.replicas
-        self._desk = Desk(self._open, loaded=replicas.loaded, orders=replicas.requests)
+        self._desk = Desk(self._open, look=self._look, loaded=replicas.loaded, orders=replicas.requests)
         self._stopped = threading.Event()
         try:
             # Warm by the time that Serve sends requests.
@@ -71,14 +72,21 @@ class Replica:
     def _open(self, name: str) -> Workbench:
         from scanloom.sampling.workbench import open_workbench
 
-        if name not in self._served:
-            raise RecipeError(f"generator {name!r} is not served; there are {', '.join(self._served)}")
-        served, replicas = self._served[name], self._service.replicas
+        served, replicas = self._known(name), self._service.replicas
         return open_workbench(
             served.uri, slots=replicas.slots, rows=replicas.rows, solver=served.solver, precision=served.precision,
             compiled=served.compiled, quality=served.quality, device="cuda" if replicas.gpus else "cpu",
             threads=replicas.cpus,
         )  # fmt: skip
+
+    def _look(self, name: str) -> None:
+        served = self._known(name)
+        open_inputs(served.uri, served.quality).require_whole()
+
+    def _known(self, name: str) -> ServedGenerator:
+        if name not in self._served:
+            raise RecipeError(f"generator {name!r} is not served; there are {', '.join(self._served)}")
+        return self._served[name]
 
     def _publish(self) -> None:
         measure, rejects = Metrics(), Counter[str]()

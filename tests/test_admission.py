@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scanloom.errors import BusyError, DeadlineError, DeadlineTooShort, RecipeError
-from scanloom.sampling.admission import BULK_TURN, Draw, Going, Lane, Line, Pace, forecast
+from scanloom.sampling.admission import BULK_TURN, Draw, Going, Lane, Line, Pace, Rota, forecast
 from scanloom.sampling.bookings import KEPT_SIZES, KNOWN_FROM, MARGIN, Bookings, Capacity
 from scanloom.sampling.image_order import ImageOrder, Priority
 
@@ -371,7 +371,7 @@ class _Played:
         self.hopeless = 0
         self.going: dict[tuple[str, tuple[int, ...]], list[list[int | Draw]]] = {}
         self.draws: dict[tuple[int, int], int] = {}
-        self.last: list[tuple[str, tuple[int, ...]]] = []
+        self.rota = Rota[tuple[int, ...]]()
         self.granted: dict[tuple[str, tuple[int, ...]], int] = {}
         """Slots that interactive images got in a batch while bulk ones waited."""
 
@@ -384,17 +384,11 @@ class _Played:
                 if number not in self.ends and self.now >= each.at + each.withdrawn_after and told:
                     self._end(number, "withdrawn")
             places = [(name, shape) for name in "ab" for shape in self.book.shapes(name)]
-            if not places:
+            turn = self.rota.next({place: self.book.is_urgent(*place) for place in places})
+            if turn is None:
                 self.now = max(self.now, min((each.at for each in self.asked), default=self.now))
                 continue
-            # Whose last turn is longest ago: by generator first, and then by size.
-            turn = min(places, key=lambda place: (self._since(place[0]), self._since(place)))
-            self.last.append(turn)
             self._step(*turn)
-
-    def _since(self, what: str | tuple[str, tuple[int, ...]]) -> int:
-        turns = [n for n, place in enumerate(self.last) if what in (place, place[0])]
-        return turns[-1] if turns else -1
 
     def _arrivals(self) -> None:
         while self.asked and self.asked[0].at <= self.now:

@@ -160,6 +160,19 @@ def test_generators_take_turns_by_step_and_never_share_a_batch(opened: Callable[
     assert (status.generators["a"].images, status.generators["b"].images) == (1, 2)
 
 
+def test_bulk_of_one_generator_gives_way_to_what_somebody_waits_for_of_another(opened: Callable[..., Desk]) -> None:
+    desk, [a, b] = gated(opened, "a", "b")
+    bulk = desk.take(order("a", steps=30, priority="bulk"))
+    a.until_shut()
+    waited_for = desk.take(order("b", steps=21))
+    a.let(None)
+    b.let(None)
+    result(waited_for)
+    result(bulk)
+    # The first step was under way; then one of every eight is bulk's until nobody waits.
+    assert a.log == [*"a", *[*"bbbbbbba"] * 3, *"a" * 26]
+
+
 def test_interactive_images_get_slots_before_bulk_ones(opened: Callable[..., Desk]) -> None:
     desk, [generator] = gated(opened, "a", slots=2)
     running = desk.take(order(count=2, steps=5))

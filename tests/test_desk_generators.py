@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from scanloom.errors import ArtefactError, BusyError, DeadlineError
+from scanloom.errors import ArtefactError, BusyError, DeadlineError, StoreError
 from scanloom.sampling.desk import Desk
 from scanloom.sampling.workbench import Workbench
 from tests.desks import Clock, desks, order, result
@@ -129,3 +129,45 @@ def test_a_generator_that_cannot_be_loaded_fails_its_own_orders(opened: Callable
         desk.open("lost").result(PATIENCE_S)
     assert desk.open("a").result(PATIENCE_S) is None
     assert desk.healthy
+
+
+def test_nothing_makes_room_for_a_generator_that_is_not_there(opened: Callable[..., Desk]) -> None:
+    loads: list[str] = []
+
+    def load(name: str) -> Workbench:
+        loads.append(name)
+        return bench_of(GatedGenerator(name))
+
+    def look(name: str) -> None:
+        if name == "lost":
+            raise StoreError("the store does not answer", retryable=True)
+
+    desk = opened(load, look=look, loaded=1)
+    result(desk.take(order("a")))
+    with pytest.raises(StoreError, match="does not answer"):
+        result(desk.take(order("lost")))
+    result(desk.take(order("a")))
+    result(desk.take(order("b")))
+    assert loads == ["a", "b"]
+
+
+def test_a_generator_comes_back_that_made_room_for_one_that_cannot_be_loaded(opened: Callable[..., Desk]) -> None:
+    loads: list[str] = []
+    back = threading.Event()
+
+    def load(name: str) -> Workbench:
+        loads.append(name)
+        if name == "damaged":
+            raise ArtefactError("changed since it was written")
+        if loads.count(name) == 2:
+            back.set()
+        return bench_of(GatedGenerator(name))
+
+    desk = opened(load, loaded=1)
+    result(desk.take(order("a")))
+    with pytest.raises(ArtefactError, match="changed since"):
+        result(desk.take(order("damaged")))
+    # Nobody asks for it.
+    assert back.wait(PATIENCE_S)
+    result(desk.take(order("a")))
+    assert loads == ["a", "damaged", "a"]

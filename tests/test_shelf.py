@@ -75,3 +75,15 @@ def test_one_that_could_not_be_loaded_is_not_tried_again_for_a_while() -> None:
     for number in range(1000):
         shelf.failed(f"lost-{number}", ArtefactError("no artefact here"), 100.0 * number)
     assert len(shelf._failed) == 1
+
+
+def test_who_made_room_comes_back_where_the_other_cannot_be_loaded_and_nobody_else_is_wanted() -> None:
+    for wanted, comes in (([], "a"), (["c"], "c")):
+        shelf = shelf_of("a", most=1)
+        assert shelf.first(["b"], 0.5) == "b"
+        assert shelf.next(["b"], idle, 1.0) == ("b", "a")
+        shelf.failed("b", RuntimeError(), 2.0)
+        assert shelf.first(wanted, 2.5) is None
+        assert shelf.next(wanted, idle, 3.0) == (comes, None)
+        shelf.loaded(comes, 4.0)
+        assert shelf.next([], idle, 5.0) is None

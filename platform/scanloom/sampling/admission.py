@@ -1,11 +1,15 @@
-"""Which image gets the next free slots of a batch, and when orders will be done by that rule. No clock, no thread.
+"""Which batch takes the next step, which image gets the next free slots of it, and when orders will be done by these
+rules. No clock, no thread.
 
-The rule: interactive images first, earliest deadline first among them; bulk ones in the order in which they came. Two
+Slots: interactive images first, earliest deadline first among them; bulk ones in the order in which they came. Two
 exceptions keep both sides alive. While bulk images wait, one of every BULK_TURN slots that are granted goes to them, so
 that they never starve. And an eighth of the slots is closed to them, so that an interactive image finds room at the
 next step however much bulk runs.
 
-The forecast plays the same rule forward from what runs and waits, with the measured times of a call and an image.
+Steps: generators take turns, and so do the sizes of a generator. Batches with an interactive image go before those with
+nothing but bulk ones, which get one of every BULK_TURN turns.
+
+The forecast plays the same rules forward from what runs and waits, with the measured times of a call and an image.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 BULK_TURN = 8
-"""Of so many slots granted while bulk images wait, one is theirs."""
+"""Of so many slots that are granted while bulk images wait, or steps that are taken, one is theirs."""
 _NEWEST = 0.1
 """Weight of the newest measurement: about the last twenty count."""
 MOST_SLOWER = 4.0
@@ -91,6 +96,11 @@ class Line:
         yield from (entry[-1] for entry in self._interactive)
         yield from (entry[-1] for entry in self._bulk)
 
+    @property
+    def interactive(self) -> bool:
+        """Whether an interactive image is among those that wait."""
+        return bool(self._interactive)
+
     def copy(self) -> Line:
         line = Line(0)
         line._interactive, line._bulk = list(self._interactive), list(self._bulk)
@@ -135,6 +145,41 @@ class Line:
         return draw
 
 
+Batch = TypeVar("Batch", bound=Hashable)
+
+
+class Rota(Generic[Batch]):
+    """Whose step is next. A batch is named by its generator and whatever tells the generator's batches apart."""
+
+    def __init__(self) -> None:
+        self._turns = 0
+        self._last: dict[str, int] = {}
+        self._last_of: dict[tuple[str, Batch], int] = {}
+        self._urgent = 0
+        """Turns of interactive batches since one with nothing but bulk had its own."""
+
+    def next(self, batches: Mapping[tuple[str, Batch], bool]) -> tuple[str, Batch] | None:
+        """The batch that takes a step now, of those that could; each with whether an interactive image is in it.
+
+        None where there are none.
+        """
+        urgent = [batch for batch, is_urgent in batches.items() if is_urgent]
+        bulk = [batch for batch, is_urgent in batches.items() if not is_urgent]
+        if not urgent or (bulk and self._urgent >= BULK_TURN - 1):
+            urgent, self._urgent = bulk, 0
+        else:
+            self._urgent = self._urgent + 1 if bulk else 0
+        # Who is gone is forgotten: sizes are of the clients' choice.
+        self._last = {name: self._last[name] for name, _ in batches if name in self._last}
+        self._last_of = {batch: self._last_of[batch] for batch in batches if batch in self._last_of}
+        if not urgent:
+            return None
+        chosen = min(urgent, key=lambda batch: (self._last.get(batch[0], 0), self._last_of.get(batch, 0)))
+        self._turns += 1
+        self._last[chosen[0]] = self._last_of[chosen] = self._turns
+        return chosen
+
+
 @dataclass
 class Going:
     """A draw that is under way, and the steps it has still to take."""
@@ -163,11 +208,11 @@ class Lane:
 def forecast(lanes: Sequence[Lane], now: float) -> dict[int, float]:
     """When each order's last image will be made, in seconds since 1970, if nothing else comes.
 
-    Generators take turns by step, and so do the sizes of a generator. Steps in between two images' ends are taken at
-    a stroke, so that the work grows with images, not with steps. An order that no lane has room for is left out.
+    Steps in between two images' ends are taken at a stroke, so that the work grows with images, not with steps. An
+    order that no lane has room for is left out.
     """
     played = [_Played(lane, lane.ready - now) for lane in lanes]
-    clock, done = 0.0, dict[int, float]()
+    clock, done, mixed = 0.0, dict[int, float](), False
     while True:
         for lane in played:
             lane.admit(clock)
@@ -178,17 +223,30 @@ def forecast(lanes: Sequence[Lane], now: float) -> dict[int, float]:
                 return {order: now + after for order, after in done.items()}
             clock = opens
             continue
-        sizes = Counter(lane.generator for lane in active)
-        round_s = sum(lane.step_s / sizes[lane.generator] for lane in active)
-        rounds = min(lane.least_left * sizes[lane.generator] for lane in active)
-        if clock + rounds * round_s > opens:
-            rounds, clock = (opens - clock) / round_s, opens
+        urgent = [lane for lane in active if lane.urgent]
+        bulk = [lane for lane in active if not lane.urgent]
+        if bulk and urgent and not mixed:
+            # The turn of bulk may be the very next.
+            clock += max(lane.step_s for lane in bulk)
+        mixed = bool(bulk and urgent)
+        part = 1.0 / BULK_TURN if mixed else 1.0
+        turns = _turns(urgent, 1.0 - part if mixed else 1.0) + _turns(bulk, part)
+        turn_s = sum(share * lane.step_s for lane, share in turns)
+        taken = min(lane.least_left / share for lane, share in turns)
+        if clock + taken * turn_s > opens:
+            taken, clock = max(0.0, opens - clock) / turn_s, max(clock, opens)
         else:
-            clock += rounds * round_s
-        for lane in active:
-            for draw in lane.advance(rounds / sizes[lane.generator]):
+            clock += taken * turn_s
+        for lane, share in turns:
+            for draw in lane.advance(taken * share):
                 clock += lane.pace.image_s
                 done[draw.order] = clock
+
+
+def _turns(lanes: Sequence[_Played], share: float) -> list[tuple[_Played, float]]:
+    """Each lane's part of all turns, `share` of which are theirs: as much for each generator, shared by its sizes."""
+    sizes = Counter(lane.generator for lane in lanes)
+    return [(lane, share / len(sizes) / sizes[lane.generator]) for lane in lanes]
 
 
 class _Played:
@@ -206,6 +264,11 @@ class _Played:
     @property
     def step_s(self) -> float:
         return -(-(self._slots - self._free) // self._rows) * self.pace.call_s
+
+    @property
+    def urgent(self) -> bool:
+        """Whether an interactive image is in it."""
+        return self.line.interactive or any(not each.draw.bulk for each in self.going)
 
     @property
     def least_left(self) -> float:

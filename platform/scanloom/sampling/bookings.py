@@ -132,6 +132,11 @@ class Bookings:
         """Those of which something waits or runs."""
         return [shape for (name, shape), batch in self._batches.items() if name == generator and not batch.idle]
 
+    def is_urgent(self, generator: str, shape: Shape) -> bool:
+        """Whether an interactive image is in a batch."""
+        batch = self._batches[generator, shape]
+        return batch.line.interactive or any(not draw.bulk for draw in batch.going)
+
     @property
     def next_due(self) -> float:
         """The earliest deadline; infinite without orders."""

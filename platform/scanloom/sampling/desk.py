@@ -2,9 +2,9 @@
 
 Every turn of the loop is one step of one generator: images are let in by the rule of `sampling.admission`, the batch
 is advanced, and what is finished is judged; what the judges refuse is drawn again, as in datasets. Generators take
-turns by step, and so do the sizes of a generator; images of two generators never share a batch. A generator that is
-not loaded is loaded by a second thread while the others go on (`sampling.shelf` says which makes room for it). Where
-there is nothing to do the loop waits on a condition.
+turns by step, those with an interactive image first; images of two generators never share a batch. A generator that is
+not loaded is loaded by a second thread while the others go on; before one makes room for it, as `sampling.shelf` says,
+that thread looks whether it could be loaded. Where there is nothing to do the loop waits on a condition.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from scanloom.errors import BusyError, DeadlineError, QualityError, RecipeError, ScanloomError
-from scanloom.sampling.admission import Draw
+from scanloom.sampling.admission import Draw, Rota
 from scanloom.sampling.batch import ImageRequest, Shape
 from scanloom.sampling.bookings import Bookings, Capacity
 from scanloom.sampling.dataset import Pixels
@@ -71,8 +71,6 @@ class _Post:
     bench: Workbench
     capacity: Capacity
     load_s: float
-    last: Shape | None = None
-    """Of the batch that had the last turn."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,8 @@ class _Looked:
 @dataclass(frozen=True)
 class _Loaded:
     generator: str
-    outcome: _Post | Exception
+    outcome: _Post | Exception | None
+    """None: it was only looked at, and could be loaded."""
 
 
 class Desk:
@@ -111,25 +110,29 @@ class Desk:
         self,
         load: Callable[[str], Workbench],
         *,
+        look: Callable[[str], None] | None = None,
         loaded: int = 2,
         orders: int = 64,
         stuck_s: float = STUCK_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`load` opens the generator that is served under a name; `loaded` are in memory at once at most, and `orders`
-        are taken at once at most. A step that takes longer than `stuck_s`, and much longer than foreseen, will not
-        end. `clock` gives seconds since 1970."""
-        self._load, self._clock = load, clock
+        """`load` opens the generator that is served under a name; `look` raises why that would fail, as far as can be
+        known without its weights, and is asked before another one makes room for it. `loaded` are in memory at once
+        at most, and `orders` are taken at once at most. A step that takes longer than `stuck_s`, and much longer than
+        foreseen, will not end. `clock` gives seconds since 1970."""
+        self._load, self._look, self._clock = load, look, clock
         self._changed = threading.Condition()
         """Guards all below but `_drawn` and the engines, which are the loop's own."""
         self._book = Bookings(orders)
         self._jobs: dict[int, _Job] = {}
         self._withdrawn: list[int] = []
-        self._posts: OrderedDict[str, _Post] = OrderedDict()
-        """By their last turn, the latest at the end."""
+        self._posts: dict[str, _Post] = {}
+        self._rota = Rota[Shape | None]()
         self._shelf = Shelf(loaded)
         self._wanted: dict[str, Future[None]] = {}
         self._loading: str | None = None
+        self._found: str | None = None
+        """The generator that was looked at last, and could be loaded."""
         self._loaded: list[_Loaded] = []
         self._meters: dict[str, Meter] = {}
         self._rejects: Counter[str] = Counter()
@@ -222,20 +225,24 @@ class Desk:
             meter.steps, meter.images, *meter.rates(self._clock()),
         )  # fmt: skip
 
-    def _load_one(self, generator: str) -> None:
-        """Of the second thread."""
-        started = time.perf_counter()
+    # --- of the second thread -----------------------------------------------------------------------------------
+
+    def _prepare(self, generator: str, prepare: Callable[[str], _Post | None]) -> None:
         try:
-            bench = self._load(generator)
-            capacity = bench.warm_up()
-            post = _Post(bench, capacity, time.perf_counter() - started)
-            loaded = _Loaded(generator, post)
-            LOG.info("generator %s: loaded and warm after %.1f s", generator, post.load_s)
+            outcome: _Post | Exception | None = prepare(generator)
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait for the generator are told
-            loaded = _Loaded(generator, error)
+            outcome = error
         with self._changed:
-            self._loaded.append(loaded)
+            self._loaded.append(_Loaded(generator, outcome))
             self._changed.notify_all()
+
+    def _open_post(self, generator: str) -> _Post:
+        started = time.perf_counter()
+        bench = self._load(generator)
+        capacity = bench.warm_up()
+        post = _Post(bench, capacity, time.perf_counter() - started)
+        LOG.info("generator %s: loaded and warm after %.1f s", generator, post.load_s)
+        return post
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -289,9 +296,12 @@ class Desk:
         return answers
 
     def _opened(self, loaded: _Loaded, now: float) -> Iterable[Answer]:
-        self._loading = None
+        self._loading, outcome = None, loaded.outcome
+        if outcome is None:
+            self._found = loaded.generator
+            return ()
+        self._found = None
         wanted = self._wanted.pop(loaded.generator, None)
-        outcome = loaded.outcome
         if isinstance(outcome, Exception):
             LOG.error("generator %s: cannot be loaded: %s", loaded.generator, outcome)
             self._shelf.failed(loaded.generator, outcome, now)
@@ -308,8 +318,13 @@ class Desk:
         """Load the next generator that is asked for, where there is room or another makes room."""
         if self._loading is not None or self._closed:
             return
-        asked_for = dict.fromkeys([*self._wanted, *(job.order.generator for job in self._jobs.values())])
-        found = self._shelf.next(list(asked_for), self._is_idle, now)
+        asked_for = list(dict.fromkeys([*self._wanted, *(job.order.generator for job in self._jobs.values())]))
+        first = self._shelf.first(asked_for, now)
+        if self._look is not None and first is not None and first != self._found:
+            self._loading = first
+            self._loader.submit(self._prepare, first, self._look)
+            return
+        found = self._shelf.next(asked_for, self._is_idle, now)
         if found is None:
             return
         wanted, gone = found
@@ -317,24 +332,27 @@ class Desk:
             self._book.closed(gone, self._posts.pop(gone).load_s)
         self._loading = wanted
         self._book.loading(wanted, now)
-        self._loader.submit(self._load_one, wanted)
+        self._loader.submit(self._prepare, wanted, self._open_post)
 
     def _is_idle(self, generator: str) -> bool:
         return not self._book.of(generator) and not self._posts[generator].bench.engine.busy
 
     def _next_turn(self) -> _Turn | None:
+        batches: dict[tuple[str, Shape | None], bool] = {}
         for name, post in self._posts.items():
             shapes = sorted(self._book.shapes(name))
-            if shapes or post.bench.engine.busy:
-                self._posts.move_to_end(name)
-                self._shelf.used(name)
-                if not shapes:
-                    return _Turn(name, post, None, (), 0)
-                shape = next((shape for shape in shapes if post.last is not None and shape > post.last), shapes[0])
-                post.last = shape
-                draws, calls = self._book.admit(name, shape), self._book.calls(name, shape)
-                return _Turn(name, post, shape, draws, calls, self._book.foreseen_s(name, shape))
-        return None
+            batches |= {(name, shape): self._book.is_urgent(name, shape) for shape in shapes}
+            if not shapes and post.bench.engine.busy:
+                batches[name, None] = True
+        chosen = self._rota.next(batches)
+        if chosen is None:
+            return None
+        name, shape = chosen
+        self._shelf.used(name)
+        if shape is None:
+            return _Turn(name, self._posts[name], None, (), 0)
+        draws, calls = self._book.admit(name, shape), self._book.calls(name, shape)
+        return _Turn(name, self._posts[name], shape, draws, calls, self._book.foreseen_s(name, shape))
 
     def _patience_s(self) -> float | None:
         """Until the next order is late, if nothing happens."""
@@ -352,7 +370,7 @@ class Desk:
         self._stuck_at = time.monotonic() + max(self._stuck_s, MOST_FORESEEN * turn.foreseen_s)
         try:
             finished = turn.post.bench.engine.step(turn.shape)
-            looked = self._look(turn.post.bench, finished)
+            looked = self._look_at(turn.post.bench, finished)
         except NotNumbers as error:
             # The others come with the next step.
             finished, looked = [], self._look_at_none(error.request)
@@ -395,7 +413,7 @@ class Desk:
         bench.engine.submit(request)
         self._drawn[id(request)] = (request, draw)
 
-    def _look(self, bench: Workbench, finished: Sequence[FinishedImage]) -> list[_Looked]:
+    def _look_at(self, bench: Workbench, finished: Sequence[FinishedImage]) -> list[_Looked]:
         """What the judges say of finished images, without those that nobody waits for any more."""
         alike: dict[Any, list[tuple[Draw, FinishedImage]]] = {}
         for each in finished:
