@@ -15,14 +15,14 @@ from scanloom.attributes import Attributes
 from scanloom.audit.privacy_gate import GateJob, index_shard, make_gate
 from scanloom.models.copy_encoder import square_of, weights_of
 from scanloom.models.privacy_gate import ENCODER
-from scanloom.recipe import Recipe, parse_recipe
+from scanloom.recipe import Recipe
 from scanloom.scans.phantoms import phantom
 from scanloom.shards.reader import rows
 from scanloom.shards.writer import png_pixels
 from scanloom.store import Store
 from scanloom.training.copy_encoder import fit
 from tests.faulty_generator import FaultyGenerator
-from tests.phantom_corpus import ATTRIBUTES, SIZE, publish_corpus
+from tests.phantom_corpus import SIZE, phantom_recipe, publish_corpus
 from tests.tiny_generator import publish_generator
 
 SCANS = 240
@@ -34,11 +34,7 @@ SETTINGS: dict[str, Any] = {
 
 def recipe(store: Path, **changes: Any) -> Recipe:
     """The recipe of the gate in `store`."""
-    tree: dict[str, Any] = {
-        "name": "tiny", "store": str(store), "seed": 3, "gate": SETTINGS | changes,
-        "attributes": [attribute.model_dump(mode="json") for attribute in ATTRIBUTES],
-    }  # fmt: skip
-    return parse_recipe(tree, "test")
+    return phantom_recipe(store, gate=SETTINGS | changes)
 
 
 def publish_gate(store: Path, **changes: Any) -> Artefact:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pyarrow as pa
 
 from scanloom.artefact import Artefact, publish
 from scanloom.attributes import AttributeSchema, Envelope
-from scanloom.recipe import CategoryAttribute, LabelsAttribute, NumberAttribute
+from scanloom.recipe import CategoryAttribute, LabelsAttribute, NumberAttribute, Recipe, parse_recipe
 from scanloom.scans.phantoms import phantom
 from scanloom.shards.commit import ShardPart, begin, commit_shard
 from scanloom.shards.schemas import corpus_schema
@@ -26,6 +29,15 @@ ATTRIBUTES = (
     ),
 )
 SCHEMA = AttributeSchema(declarations=ATTRIBUTES)
+
+
+def phantom_recipe(store: Path | str, **sections: Any) -> Recipe:
+    """The recipe of what is made of the corpus in `store`."""
+    tree = {
+        "name": "tiny", "store": str(store), "seed": 3,
+        "attributes": [attribute.model_dump(mode="json") for attribute in ATTRIBUTES],
+    }  # fmt: skip
+    return parse_recipe(tree | sections, "test")
 
 
 def publish_corpus(uri: str, scans: int = 48, shards: int = 2, distinct: int | None = None) -> Artefact:

@@ -18,12 +18,12 @@ from scanloom.audit.policy import read_policy
 from scanloom.audit.release import Request, release
 from scanloom.audit.report import PAGE, REPORT, Report, read_report
 from scanloom.errors import ArtefactError, RecipeError, ReleaseRefused
-from scanloom.recipe import Recipe, parse_recipe
+from scanloom.recipe import Recipe
 from scanloom.scans.phantoms import phantom
 from scanloom.store import Store
 from tests.audited import audited as measured_here
 from tests.audited import publish_dataset
-from tests.phantom_corpus import ATTRIBUTES, SIZE, publish_corpus
+from tests.phantom_corpus import SIZE, phantom_recipe, publish_corpus
 from tests.released import POLICY, generator
 
 pytestmark = pytest.mark.ray
@@ -36,13 +36,8 @@ UTILITY = {"labels": ["findings=Cardiomegaly"], "seeds": 1, "steps": 4, "size_px
 
 def recipe(store: Path, dataset: str, utility: dict[str, Any] | None = None) -> Recipe:
     # The generator behind these datasets is no network that could be attacked.
-    tree: dict[str, Any] = {
-        "name": "tiny", "store": str(store), "seed": 3,
-        "audit": {"copies": COPIES, "membership": None, "utility": utility},
-        "attributes": [attribute.model_dump(mode="json") for attribute in ATTRIBUTES],
-        "generate": {"dataset": dataset, "images": IMAGES},
-    }  # fmt: skip
-    return parse_recipe(tree, "test")
+    settings = {"copies": COPIES, "membership": None, "utility": utility}
+    return phantom_recipe(store, audit=settings, generate={"dataset": dataset, "images": IMAGES})
 
 
 def memorised(index: int) -> np.ndarray[Any, Any]:

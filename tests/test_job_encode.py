@@ -18,11 +18,11 @@ from jobs.encode import encode
 from scanloom.artefact import Artefact, open_artefact, verify
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models.prompts import prompt
-from scanloom.recipe import Recipe, parse_recipe
+from scanloom.recipe import Recipe
 from scanloom.shards.reader import rows
 from scanloom.shards.schemas import prompt_hash
 from scanloom.training.latents import read_prompts
-from tests.phantom_corpus import ATTRIBUTES, SCHEMA, publish_corpus
+from tests.phantom_corpus import SCHEMA, phantom_recipe, publish_corpus
 from tests.tiny_families import write_base
 
 SHARDS = 6
@@ -30,12 +30,7 @@ SHARDS = 6
 
 def recipe(store: Path, **sections: object) -> Recipe:
     """A recipe small enough for a test."""
-    tree = {
-        "name": "tiny", "store": str(store), "seed": 3,
-        "attributes": [attribute.model_dump(mode="json") for attribute in ATTRIBUTES],
-        "encode": {"crops": 1, "workers": 2},
-    }  # fmt: skip
-    return parse_recipe(tree | sections, "test")
+    return phantom_recipe(store, **({"encode": {"crops": 1, "workers": 2}} | sections))
 
 
 def sd(store: Path) -> dict[str, Any]:

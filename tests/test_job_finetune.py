@@ -27,7 +27,7 @@ from scanloom.models.generator import load_generator
 from scanloom.recipe import AttributeUnet, Recipe, parse_recipe
 from scanloom.store import Store
 from scanloom.training.journal import read_history, read_samples
-from tests.phantom_corpus import ATTRIBUTES, SIZE, publish_corpus
+from tests.phantom_corpus import SIZE, phantom_recipe, publish_corpus
 
 FINETUNE = {
     "denoiser": {"channels": [16, 32], "condition_dim": 32},
@@ -42,21 +42,10 @@ FINETUNE = {
 
 def recipe(store: str, **finetune_keys: object) -> Recipe:
     """A recipe small enough for a test."""
-    tree = {
-        "name": "tiny",
-        "store": store,
-        "seed": 3,
-        "attributes": [attribute.model_dump(mode="json") for attribute in ATTRIBUTES],
-        "autoencoder": {
-            "channels": [8, 16],
-            "steps": 12,
-            "batch_size": 8,
-            "checkpoint_every_steps": 6,
-            "adversarial_from_step": 6,
-        },
-        "finetune": FINETUNE | finetune_keys,
-    }
-    return parse_recipe(tree, "test")
+    autoencoder = {
+        "channels": [8, 16], "steps": 12, "batch_size": 8, "checkpoint_every_steps": 6, "adversarial_from_step": 6,
+    }  # fmt: skip
+    return phantom_recipe(store, autoencoder=autoencoder, finetune=FINETUNE | finetune_keys)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from jobs.encode import encode
 from jobs.finetune import finetune
 from scanloom.artefact import open_artefact, verify
 from scanloom.models.generator import load_generator
-from scanloom.recipe import Recipe, parse_recipe
+from scanloom.recipe import Recipe
 from scanloom.sampling.engine import Engine, ImageRequest
-from tests.phantom_corpus import ATTRIBUTES, SIZE, publish_corpus
+from tests.phantom_corpus import SIZE, phantom_recipe, publish_corpus
 from tests.tiny_families import TEXT_FAMILIES, write_base
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -36,17 +36,15 @@ class Family:
 
     def recipe(self, store: Path, zero_stage: int) -> Recipe:
         """A recipe small enough for a test."""
-        tree = {
-            "name": "tiny", "store": str(store), "seed": 3,
-            "attributes": [attribute.model_dump(mode="json") for attribute in ATTRIBUTES],
-            "autoencoder": {"channels": [8, 16], "steps": 4, "batch_size": 8, "adversarial_from_step": 2},
-            "finetune": {
+        return phantom_recipe(
+            store,
+            autoencoder={"channels": [8, 16], "steps": 4, "batch_size": 8, "adversarial_from_step": 2},
+            finetune={
                 "denoiser": self.denoiser, "objective": self.objective, "zero_stage": zero_stage, "workers": 2,
                 "steps": 6, "batch_size": 8, "warmup_steps": 2, "learning_rate": 1e-3, "checkpoint_every_steps": 6,
                 "log_every_steps": 3, "samples": 2,
             },
-        }  # fmt: skip
-        return parse_recipe(tree, "test")
+        )  # fmt: skip
 
     def train(self, folder: Path, zero_stage: int) -> Path:
         """A generator trained in a store of its own; its folder."""

@@ -17,12 +17,12 @@ from scanloom.artefact import Artefact, open_artefact, verify
 from scanloom.attributes import Value
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import Probe, load_probe
-from scanloom.recipe import Generate, Quality, Recipe, parse_recipe
+from scanloom.recipe import Generate, Quality, Recipe
 from scanloom.sampling.plan import PlanSpec, specify
 from scanloom.sampling.production import judges
 from scanloom.sampling.quality import Agreement, Verdict, verdicts
 from scanloom.scans.phantoms import phantom
-from tests.phantom_corpus import ATTRIBUTES, SCHEMA, SIZE, publish_corpus
+from tests.phantom_corpus import SCHEMA, SIZE, phantom_recipe, publish_corpus
 from tests.tiny_generator import STATISTICS
 
 pytestmark = pytest.mark.ray
@@ -32,11 +32,7 @@ STATED = 0.02
 
 
 def recipe(store: Path, **section: object) -> Recipe:
-    tree: dict[str, Any] = {
-        "name": "tiny", "store": str(store), "seed": 3, "probe": TRAINING | section,
-        "attributes": [attribute.model_dump(mode="json") for attribute in ATTRIBUTES],
-    }  # fmt: skip
-    return parse_recipe(tree, "test")
+    return phantom_recipe(store, probe=TRAINING | section)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models import autoencoder
 from scanloom.models.autoencoder import build_autoencoder
 from scanloom.models.text_condition import TextConditioner
-from scanloom.recipe import Autoencoder, Recipe, parse_recipe
+from scanloom.recipe import Autoencoder, Recipe
 from scanloom.recipe_train import Canaries
 from scanloom.shards.commit import ShardCommit, begin, committed
 from scanloom.shards.reader import read_parquet
@@ -30,7 +30,7 @@ from scanloom.training.encoding_plan import EncodingJob, finished, plan_encoding
 from scanloom.training.latents import collect, read_prompts
 from scanloom.training.prompt_encoding import PromptEncoder
 from scanloom.training.views import times_trained
-from tests.phantom_corpus import ATTRIBUTES, SCHEMA, SIZE, publish_corpus
+from tests.phantom_corpus import SCHEMA, SIZE, phantom_recipe, publish_corpus
 from tests.tiny_families import write_base
 
 SHAPE = (4, SIZE // 2, SIZE // 2)
@@ -38,11 +38,7 @@ SHAPE = (4, SIZE // 2, SIZE // 2)
 
 def recipe(store: Path, encode: Mapping[str, Any] | None = None, denoiser: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe of the phantom corpus."""
-    tree = {
-        "name": "tiny", "store": str(store), "seed": 3, "encode": encode or {},
-        "attributes": [attribute.model_dump(mode="json") for attribute in ATTRIBUTES],
-    }  # fmt: skip
-    return parse_recipe(tree | ({"finetune": {"denoiser": denoiser}} if denoiser else {}), "test")
+    return phantom_recipe(store, encode=encode or {}, **({"finetune": {"denoiser": denoiser}} if denoiser else {}))
 
 
 def publish_autoencoder(uri: str, channels: tuple[int, ...] = (8, 8), *, broken: bool = False) -> Artefact:
