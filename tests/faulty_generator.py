@@ -14,7 +14,8 @@ ALWAYS, HALF, NEVER = -100.0, 0.0, 100.0
 OF_FINDINGS = {(): ALWAYS, ("Effusion",): HALF, ("Cardiomegaly",): NEVER}
 
 
-def _schedule() -> NoiseSchedule:
+def cosine() -> NoiseSchedule:
+    """Of 1000 timesteps, the last of which is noise alone."""
     angle = 0.5 * torch.pi * torch.arange(1, 1001, dtype=torch.float64) / 1000
     alphas = torch.cos(angle)
     alphas[-1] = 0.0
@@ -25,7 +26,7 @@ class FaultyGenerator:
     """In one step its latent is the noise, with the condition as a second channel; blank is an even grey."""
 
     latent_shape = (2, 8, 8)
-    schedule = _schedule()
+    schedule = cosine()
 
     def require_shape(self, latent_shape: tuple[int, ...]) -> None:
         raise AssertionError(f"nobody asked for {latent_shape}")

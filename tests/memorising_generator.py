@@ -11,15 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from scanloom.attributes import Attributes
-from scanloom.models.noise_schedule import NoiseSchedule
 from scanloom.sampling.engine import Engine, ImageRequest
-
-
-def _schedule() -> NoiseSchedule:
-    angle = 0.5 * torch.pi * torch.arange(1, 1001, dtype=torch.float64) / 1000
-    alphas = torch.cos(angle)
-    alphas[-1] = 0.0
-    return NoiseSchedule("v_prediction", alphas, torch.sin(angle))
+from tests.faulty_generator import cosine
 
 
 class MemorisingGenerator:
@@ -30,7 +23,7 @@ class MemorisingGenerator:
     """
 
     latent_shape = (2, 4, 4)
-    schedule = _schedule()
+    schedule = cosine()
 
     def __init__(self, known_RSS: Tensor) -> None:
         """`known_RSS`: images in [0, 1]."""

@@ -11,19 +11,12 @@ from diffusers import UNet2DConditionModel
 
 from scanloom.attributes import Attributes
 from scanloom.errors import ArtefactError, RecipeError
-from scanloom.models.noise_schedule import NoiseSchedule
 from scanloom.sampling.engine import CPU_ROWS, Engine, FinishedImage, ImageRequest, is_batch_invariant
 from scanloom.sampling.noise import gaussian_noise
 from scanloom.sampling.solvers import trajectory
+from tests.faulty_generator import cosine
 
 MEAN, SPREAD = 0.5, 0.125
-
-
-def cosine() -> NoiseSchedule:
-    angle = 0.5 * torch.pi * torch.arange(1, 1001, dtype=torch.float64) / 1000
-    alphas = torch.cos(angle)
-    alphas[-1] = 0.0
-    return NoiseSchedule("v_prediction", alphas, torch.sin(angle))
 
 
 class GaussianGenerator:
