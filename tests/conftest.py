@@ -59,6 +59,14 @@ def ray_cluster(s3: EmbeddedS3) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def bare_generator(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a generator that holds what an order of a dataset looks at."""
+    from tests.served_datasets import publish_bare_generator
+
+    return publish_bare_generator(str(tmp_path_factory.mktemp("generator"))).uri
+
+
+@pytest.fixture(scope="session")
 def nih_dicom() -> Path:
     """Real chest X-rays as DICOM tar shards."""
     return _real_scans("nih-cxr-dicom")

@@ -1,4 +1,4 @@
-"""Calls that share a store, run one step of the store at a time, in an order that a test chooses, or killed."""
+"""Calls that share a store, run one step of the store at a time, in an order that a test draws, or killed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from scanloom.store import Store
 
 STEPS = ("create", "write", "read", "exists", "names", "list", "delete")
 LONGEST_S = 60.0
+ANY_ORDER = examples(
+    max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+"""How a test of what it draws is run; each example makes a store of its own."""
 
 
 class Killed(BaseException):
@@ -53,16 +60,20 @@ class _Runner:
         assert self._halted.acquire(timeout=LONGEST_S)
 
 
-def interleaved(
-    patch: pytest.MonkeyPatch, calls: Sequence[Callable[[], Any]], choose: Callable[[int], tuple[int, bool]]
-) -> list[Any]:
-    """What the calls return or raise. `choose(n)`: which of the n that still run takes a step, and whether it dies."""
-    for name in STEPS:
-        patch.setattr(Store, name, _halting(getattr(Store, name)))
-    runners = [_Runner(call) for call in calls]
-    while running := [runner for runner in runners if not runner.over]:
-        number, kill = choose(len(running))
-        running[number].step(kill=kill)
+def interleaved(data: st.DataObject, calls: Sequence[Callable[[], Any]], kills: int = 0, one_in: int = 1) -> list[Any]:
+    """What the calls return or raise, which take their steps in an order that is drawn.
+
+    Up to `kills` of them die, each before about one step in `one_in`.
+    """
+    left = data.draw(st.integers(0, kills)) if kills else 0
+    with pytest.MonkeyPatch.context() as patch:
+        for name in STEPS:
+            patch.setattr(Store, name, _halting(getattr(Store, name)))
+        runners = [_Runner(call) for call in calls]
+        while running := [runner for runner in runners if not runner.over]:
+            kill = left > 0 and data.draw(st.integers(0, one_in - 1)) == 0
+            left -= kill
+            running[data.draw(st.integers(0, len(running) - 1))].step(kill=kill)
     return [runner.result for runner in runners]
 
 

@@ -14,17 +14,12 @@ from serve.config import Service
 from serve.dispatcher import why
 from serve.ray_jobs import RayJobs, _code
 from tests.dispatched_orders import Place, name, places
-from tests.served_datasets import FakeCluster, publish_bare_generator, service
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return publish_bare_generator(str(tmp_path_factory.mktemp("generator"))).uri
+from tests.served_datasets import FakeCluster, service
 
 
 @pytest.fixture
-def new_place(tmp_path: Path, generator: str) -> Callable[..., Place]:
-    return places(tmp_path, generator)
+def new_place(tmp_path: Path, bare_generator: str) -> Callable[..., Place]:
+    return places(tmp_path, bare_generator)
 
 
 # --- the way of an order --------------------------------------------------------------------------------------
@@ -252,8 +247,8 @@ def test_an_order_whose_folder_holds_another_plan_fails(new_place: Callable[...,
 
 
 @pytest.mark.parametrize("niceness", [0, 15])
-def test_a_job_is_a_plain_command_without_a_secret(generator: str, niceness: int, tmp_path: Path) -> None:
-    settings: Service = service(str(tmp_path), generator, niceness=niceness)
+def test_a_job_is_a_plain_command_without_a_secret(bare_generator: str, niceness: int, tmp_path: Path) -> None:
+    settings: Service = service(str(tmp_path), bare_generator, niceness=niceness)
     assert settings.datasets is not None
     command = RayJobs(settings.datasets).entrypoint("s3://a bucket/it's.yaml")
     words = shlex.split(command)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scanloom.embedded_s3 import EmbeddedS3
@@ -23,18 +22,13 @@ from serve.orders import Ticket, new_id
 from serve.ray_jobs import JobState, JobsUnavailable
 from tests.dispatched_orders import Place, name, places
 from tests.fault_proxy import FaultProxy
-from tests.interleaving import Killed, interleaved
-from tests.served_datasets import FakeCluster, finish, publish_bare_generator
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return publish_bare_generator(str(tmp_path_factory.mktemp("generator"))).uri
+from tests.interleaving import ANY_ORDER, Killed, interleaved
+from tests.served_datasets import FakeCluster, finish
 
 
 @pytest.fixture
-def new_place(tmp_path: Path, generator: str) -> Callable[..., Place]:
-    return places(tmp_path, generator)
+def new_place(tmp_path: Path, bare_generator: str) -> Callable[..., Place]:
+    return places(tmp_path, bare_generator)
 
 
 # --- who dies and what is down --------------------------------------------------------------------------------
@@ -195,9 +189,9 @@ def test_a_cluster_that_does_not_answer_is_waited_for(
 
 @pytest.mark.s3
 def test_a_store_that_is_down_is_waited_for(
-    s3: EmbeddedS3, store_uri: str, generator: str, caplog: pytest.LogCaptureFixture
+    s3: EmbeddedS3, store_uri: str, bare_generator: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = Place(store_uri, generator)
+    place = Place(store_uri, bare_generator)
     id, dispatcher = place.order(), place.dispatcher()
     with FaultProxy(s3.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -260,26 +254,17 @@ def settle(place: Place, ids: list[str]) -> None:
 
 
 @given(data=st.data())
-@examples(max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@ANY_ORDER
 def test_however_dispatchers_and_a_cancel_interleave_and_die_every_order_ends_as_it_should(
     new_place: Callable[..., Place], data: st.DataObject
 ) -> None:
     place = new_place(jobs_at_once=2)
     wanted, unwanted = place.order(), place.order()
-    kills = data.draw(st.integers(0, 2))
-
-    def choose(running: int) -> tuple[int, bool]:
-        nonlocal kills
-        kill = kills > 0 and data.draw(st.integers(0, 20)) == 0
-        kills -= kill
-        return data.draw(st.integers(0, running - 1)), kill
-
     calls: list[Callable[[], Any]] = [
         lambda: place.dispatcher().reconcile(), lambda: place.dispatcher().reconcile(),
         lambda: place.ledger.cancel("acme", unwanted),
     ]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        results = interleaved(patch, calls, choose)
+    results = interleaved(data, calls, kills=2, one_in=21)
     assert not [error for error in results[:2] if isinstance(error, Exception)]
     asked = not isinstance(results[2], Killed)
     submitted = [job for what, job in place.cluster.log if what == "submit"]

@@ -30,18 +30,13 @@ from serve.config import Service
 from serve.ledger import Conflict, Ledger, NotFound
 from serve.orders import ID, Attempt, Orders, Ticket, new_id
 from tests.fault_proxy import FaultProxy
-from tests.served_datasets import REQUEST, finish, ledgers, publish_bare_generator, service
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return publish_bare_generator(str(tmp_path_factory.mktemp("generator"))).uri
+from tests.served_datasets import REQUEST, finish, ledgers, service
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
-def settings(request: pytest.FixtureRequest, tmp_path: Path, generator: str) -> Service:
+def settings(request: pytest.FixtureRequest, tmp_path: Path, bare_generator: str) -> Service:
     store = str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("store_uri")
-    return service(store, generator)
+    return service(store, bare_generator)
 
 
 @pytest.fixture
@@ -50,28 +45,28 @@ def ledger(settings: Service) -> Ledger:
 
 
 @pytest.fixture
-def folder_ledger(tmp_path: Path, generator: str) -> Iterator[Ledger]:
-    return ledgers(tmp_path, generator)
+def folder_ledger(tmp_path: Path, bare_generator: str) -> Iterator[Ledger]:
+    return ledgers(tmp_path, bare_generator)
 
 
 # --- an order -------------------------------------------------------------------------------------------------
 
 
-def test_an_accepted_order_says_all_that_is_made_of_it(ledger: Ledger, generator: str) -> None:
+def test_an_accepted_order_says_all_that_is_made_of_it(ledger: Ledger, bare_generator: str) -> None:
     job, new = ledger.place("acme", REQUEST, "request-1")
     assert new
     assert (job.state, job.images, job.seed, job.generator, job.request) == ("accepted", 10, 7, "tiny", "request-1")
-    assert job.generator_digest == open_artefact(generator).digest
+    assert job.generator_digest == open_artefact(bare_generator).digest
     assert job.progress.images_total == 10
     assert job.progress.images_done == 0
     assert ledger.find("acme", job.id) == ledger.find(None, job.id) == job
     folder = ledger.orders.store.at(f"acme/{job.id}")
     recipe = recipe_at(folder.uri_of("recipe.yaml"))
     assert recipe.generate is not None
-    assert recipe.generator_uri == generator
+    assert recipe.generator_uri == bare_generator
     assert recipe.uri(recipe.generate.dataset) == folder.uri_of("dataset")
     assert recipe.generate.order == "request-1"
-    known = open_artefact(generator)
+    known = open_artefact(bare_generator)
     spec = specify(recipe.generate, "tiny", known.digest, known.manifest.statistics)
     assert spec.digest == job.plan == claimed_plan(folder.at("dataset"))
     assert (spec.steps, spec.seed, spec.images, spec.images_per_shard) == (2, 7, 10, 4)
@@ -148,7 +143,7 @@ def test_a_generator_that_is_gone_is_no_fault_of_the_request(tmp_path: Path) -> 
 )  # fmt: skip
 @examples(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_recipe_in_the_store_is_of_the_plan_that_was_accepted(
-    folder_ledger: Any, generator: str, share: float, age: float, guidance: float, seed: int, images: int
+    folder_ledger: Any, bare_generator: str, share: float, age: float, guidance: float, seed: int, images: int
 ) -> None:
     ledger = next(folder_ledger)
     cells = [{"sex": "F", "share": share}, {"age": [21, age], "share": 1}]
@@ -158,7 +153,7 @@ def test_the_recipe_in_the_store_is_of_the_plan_that_was_accepted(
     job, _ = ledger.place("acme", request, "r")
     recipe = recipe_at(str(Path(ledger.orders.store.uri) / "acme" / job.id / "recipe.yaml"))
     assert recipe.generate is not None
-    known = open_artefact(generator)
+    known = open_artefact(bare_generator)
     assert specify(recipe.generate, "tiny", known.digest, known.manifest.statistics).digest == job.plan
 
 
@@ -196,8 +191,8 @@ def test_lists_are_newest_first_page_by_page_and_of_one_tenant_or_all(
 
 @pytest.mark.slow
 @pytest.mark.s3
-def test_a_page_of_thousands_costs_what_a_page_of_few_does(s3: EmbeddedS3, store_uri: str, generator: str) -> None:
-    ledger = Ledger(service(store_uri, generator))
+def test_a_page_of_thousands_costs_what_a_page_of_few_does(s3: EmbeddedS3, store_uri: str, bare_generator: str) -> None:
+    ledger = Ledger(service(store_uri, bare_generator))
     job, _ = ledger.place("acme", REQUEST, "r")
     template = ledger.orders.read(Ticket("acme", job.id))
     assert template is not None
@@ -315,10 +310,10 @@ def test_no_file_but_the_manifests_can_be_had(ledger: Ledger, settings: Service,
 
 @pytest.mark.s3
 def test_a_store_that_is_down_is_a_retryable_error_and_nothing_is_lost(
-    s3: EmbeddedS3, store_uri: str, generator: str, monkeypatch: pytest.MonkeyPatch
+    s3: EmbeddedS3, store_uri: str, bare_generator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: threading.Event().wait(0.001))  # botocore's pauses
-    ledger = Ledger(service(store_uri, generator))
+    ledger = Ledger(service(store_uri, bare_generator))
     before, _ = ledger.place("acme", REQUEST, "r", "key")
     with FaultProxy(s3.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -345,8 +340,8 @@ def test_a_damaged_order_is_named_and_hides_no_other(ledger: Ledger, caplog: pyt
     assert f"acme/{job.id}/order.json" in caplog.text
 
 
-def test_a_service_without_a_place_for_datasets_has_no_ledger(generator: str) -> None:
-    settings = Service.model_validate({"generators": [{"name": "tiny", "uri": generator}]})
+def test_a_service_without_a_place_for_datasets_has_no_ledger(bare_generator: str) -> None:
+    settings = Service.model_validate({"generators": [{"name": "tiny", "uri": bare_generator}]})
     with pytest.raises(RecipeError, match="say where datasets are to be kept"):
         Ledger(settings)
 

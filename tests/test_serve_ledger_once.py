@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given
-from hypothesis import settings as examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scanloom.api import DatasetJob
@@ -21,30 +20,22 @@ from scanloom.store import Store
 from serve.ledger import Conflict, Ledger
 from serve.orders import Ticket
 from tests.fault_proxy import FaultProxy
-from tests.interleaving import Killed, interleaved
+from tests.interleaving import ANY_ORDER, Killed, interleaved
 from tests.served_datasets import OTHER, REQUEST, ledgers, publish_bare_generator, service
 
 CREATES = 5
 """Objects that placing an order with an Idempotency-Key creates."""
-ANY_ORDER = examples(
-    max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return publish_bare_generator(str(tmp_path_factory.mktemp("generator"))).uri
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
-def ledger(request: pytest.FixtureRequest, tmp_path: Path, generator: str) -> Ledger:
+def ledger(request: pytest.FixtureRequest, tmp_path: Path, bare_generator: str) -> Ledger:
     store = str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("store_uri")
-    return Ledger(service(store, generator))
+    return Ledger(service(store, bare_generator))
 
 
 @pytest.fixture
-def folder_ledger(tmp_path: Path, generator: str) -> Iterator[Ledger]:
-    return ledgers(tmp_path, generator)
+def folder_ledger(tmp_path: Path, bare_generator: str) -> Iterator[Ledger]:
+    return ledgers(tmp_path, bare_generator)
 
 
 def test_the_same_key_and_request_are_the_same_order(ledger: Ledger) -> None:
@@ -137,17 +128,8 @@ def test_the_crash_points_are_all_there_are(folder_ledger: Any, monkeypatch: pyt
 @ANY_ORDER
 def test_however_two_callers_interleave_and_die_a_key_is_one_order(folder_ledger: Any, data: st.DataObject) -> None:
     ledger = next(folder_ledger)
-    kills = data.draw(st.integers(0, 1))
-
-    def choose(running: int) -> tuple[int, bool]:
-        nonlocal kills
-        kill = kills > 0 and data.draw(st.integers(0, 15)) == 0
-        kills -= kill
-        return data.draw(st.integers(0, running - 1)), kill
-
     calls = [lambda n=n: ledger.place("acme", REQUEST, f"request-{n}", "key") for n in range(2)]
-    with pytest.MonkeyPatch.context() as patch:
-        results = interleaved(patch, calls, choose)
+    results = interleaved(data, calls, kills=1, one_in=16)
     answers = [result for result in results if not isinstance(result, Killed)]
     assert all(isinstance(answer, tuple) for answer in answers), answers
     job, _ = ledger.place("acme", REQUEST, "last", "key")
@@ -161,18 +143,17 @@ def test_however_two_callers_interleave_and_die_a_key_is_one_order(folder_ledger
 def test_however_two_requests_race_for_a_key_one_of_them_wins(folder_ledger: Any, data: st.DataObject) -> None:
     ledger = next(folder_ledger)
     calls = [lambda r=request: ledger.place("acme", r, "r", "key") for request in (REQUEST, OTHER)]
-    with pytest.MonkeyPatch.context() as patch:
-        results = interleaved(patch, calls, lambda running: (data.draw(st.integers(0, running - 1)), False))
+    results = interleaved(data, calls)
     assert sorted(type(result).__name__ for result in results) == ["Conflict", "tuple"]
     assert len(ledger.jobs(None, 9).datasets) == 1
 
 
 @pytest.mark.s3
 def test_an_order_survives_lost_acknowledgements(
-    s3: EmbeddedS3, store_uri: str, generator: str, monkeypatch: pytest.MonkeyPatch
+    s3: EmbeddedS3, store_uri: str, bare_generator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: threading.Event().wait(0.001))  # botocore's pauses
-    ledger = Ledger(service(store_uri, generator))
+    ledger = Ledger(service(store_uri, bare_generator))
     with FaultProxy(s3.endpoint) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
         for _ in range(CREATES):
