@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from scanloom.client.flow import Compute, Flow, NoAnswer, Pause, Reply, Send, Together
+from scanloom.client.flow import Compute, Flow, NoAnswer, Pause, Reply, Send, Together, carry_out
 from scanloom.client.session import Session
 
 T = TypeVar("T")
@@ -27,19 +27,7 @@ class Script:
         return Session(URL, KEY, patience_s, lambda: self.now, lambda: chance)
 
     def run(self, flow: Flow[T]) -> T:
-        result: Any = None
-        try:
-            step = next(flow)
-            while True:
-                try:
-                    result = self._do(step)
-                except NoAnswer as error:
-                    step = flow.throw(error)
-                else:
-                    step = flow.send(result)
-        except StopIteration as done:
-            value: T = done.value
-            return value
+        return carry_out(flow, self._do)
 
     def _do(self, step: Any) -> Any:
         match step:

@@ -106,6 +106,24 @@ def together(flows: Sequence[Flow[T]], at_once: int) -> Flow[list[T]]:
     return results
 
 
+def carry_out(flow: Flow[T], do: Callable[[Step], object]) -> T:
+    """What a flow gives, or raises, whose steps `do` does; what a step raises is the flow's to deal with."""
+    try:
+        step = next(flow)
+        while True:
+            try:
+                result = do(step)
+            except Exception as error:  # noqa: BLE001 - it is the flow's to deal with
+                step = flow.throw(error)
+            else:
+                step = flow.send(result)
+    except StopIteration as done:
+        value: T = done.value
+        return value
+    finally:
+        flow.close()
+
+
 # --- transports -----------------------------------------------------------------------------------------------
 
 
@@ -117,20 +135,7 @@ class Blocking:
 
     def run(self, flow: Flow[T]) -> T:
         """What the flow gives, or raises."""
-        try:
-            step = next(flow)
-            while True:
-                try:
-                    result = self._do(step)
-                except Exception as error:  # noqa: BLE001 - it is the flow's to deal with
-                    step = flow.throw(error)
-                else:
-                    step = flow.send(result)
-        except StopIteration as done:
-            value: T = done.value
-            return value
-        finally:
-            flow.close()
+        return carry_out(flow, self._do)
 
     def _do(self, step: Step) -> object:
         match step:
