@@ -16,7 +16,8 @@ from jobs.training import train_encoder
 from scanloom import console
 from scanloom.artefact import Artefact, FileEntry, find_artefact, open_artefact, publish
 from scanloom.audit.privacy_gate import GateJob, index_shard, make_gate, plan_gate
-from scanloom.models.privacy_gate import ENCODER, GateCard
+from scanloom.models.gate_card import GateCard
+from scanloom.models.privacy_gate import ENCODER
 from scanloom.recipe import Recipe
 from scanloom.shards.commit import begin
 from scanloom.shards.reader import parquet_files

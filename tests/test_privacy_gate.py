@@ -13,7 +13,8 @@ from scanloom import base
 from scanloom.artefact import Artefact, open_artefact, verify
 from scanloom.audit.privacy_gate import gate_seed
 from scanloom.errors import ArtefactError
-from scanloom.models.privacy_gate import CARD, ENCODER, INDEX, LOOK_ROWS, PrivacyGate, load_gate
+from scanloom.models.gate_card import CARD
+from scanloom.models.privacy_gate import ENCODER, INDEX, LOOK_ROWS, PrivacyGate, load_gate
 from scanloom.recipe import Generate, Quality
 from scanloom.sampling.dataset import rows_to_bytes
 from scanloom.sampling.engine import Engine

@@ -20,8 +20,9 @@ import torch
 from scanloom.artefact import open_artefact
 from scanloom.base import URI
 from scanloom.models.copy_encoder import KEPT_VIEWS, CopyEncoder
+from scanloom.models.gate_card import blank_card
 from scanloom.models.generator import load_generator
-from scanloom.models.privacy_gate import PrivacyGate, blank_card
+from scanloom.models.privacy_gate import PrivacyGate
 from scanloom.recipe import Generate
 from scanloom.recipe_gate import Gate
 from scanloom.sampling.engine import Engine

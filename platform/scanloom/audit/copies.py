@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -237,6 +237,14 @@ class Threshold:
     scans: int
     extrapolated: bool = False
     """Whether it lies above all that a rank among so many patients would give."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The fields of a Calibration."""
+        return {
+            "tau": self.tau, "asked": self.asked, "promised": self.promised, "at_most": self.at_most,
+            "calibration_patients": self.patients, "calibration_scans": self.scans,
+        }  # fmt: skip
 
 
 def calibrate(

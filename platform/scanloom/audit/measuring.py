@@ -319,9 +319,7 @@ def _copies(
     same, other = detector.among_train(train.owners)
     company = np.isfinite(same)
     return Copies(
-        tau=threshold.tau, asked=threshold.asked, promised=threshold.promised, at_most=threshold.at_most,
-        calibration_patients=threshold.patients, calibration_scans=threshold.scans, train_scans=len(train),
-        corpus_scans=scans,
+        **threshold.told, train_scans=len(train), corpus_scans=scans,
         power=tuple(_recall(one) for one in recalls), synthetic_rate=Interval.of(rates.synthetic),
         synthetic_copies=rates.copies, copied_scans=rates.copied_scans, held_out_rate=Interval.of(rates.held_out),
         held_out_scans=rates.held_out_scans, excess=rates.excess,

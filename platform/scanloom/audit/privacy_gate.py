@@ -21,17 +21,8 @@ from scanloom.audit.plants import SLIGHT, STRONG
 from scanloom.audit.scans import calibration_and_check, squares
 from scanloom.errors import ArtefactError
 from scanloom.models.copy_encoder import embedding, kept_views, levels, load_copy_encoder
-from scanloom.models.privacy_gate import (
-    CARD,
-    ENCODER,
-    INDEX,
-    GateCard,
-    Planted,
-    PrivacyGate,
-    Share,
-    blank_card,
-    index_of,
-)
+from scanloom.models.gate_card import CARD, GateCard, Planted, Share, blank_card
+from scanloom.models.privacy_gate import ENCODER, INDEX, PrivacyGate, index_of
 from scanloom.recipe import Recipe
 from scanloom.recipe_gate import Gate
 from scanloom.shards.reader import parquet_files, read_parquet
@@ -141,8 +132,7 @@ def make_gate(config: Mapping[str, Any], *indexed: Indexed) -> tuple[GateCard, l
     plants = (*SLIGHT, *STRONG)
     planted = power(_Looking(gate), threshold, originals, places[: len(originals)], patients, plants)
     card = blank.model_copy(update={
-        "tau": threshold.tau, "asked": threshold.asked, "promised": threshold.promised, "at_most": threshold.at_most,
-        "calibration_patients": threshold.patients, "calibration_scans": threshold.scans,
+        **threshold.told,
         "held_out": _told(refused), "held_out_scans": len(check.owners),
         "power": tuple(
             Planted(plant=plant.name, strength=plant.strength, refused=_told(one.recall), copies=one.copies)

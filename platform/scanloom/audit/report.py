@@ -9,10 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from scanloom.audit.intervals import Estimate
 from scanloom.errors import ArtefactError
+from scanloom.models.gate_card import Calibration, Record
 from scanloom.recipe_audit import Arm
 
 REPORT = "report.json"
@@ -22,11 +23,7 @@ PRIVATE = "private"
 SCHEMA_VERSION = 1
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Interval(_Record):
+class Interval(Record):
     """A figure with its 95 % interval; None where it cannot be told."""
 
     value: float | None
@@ -48,7 +45,7 @@ class Interval(_Record):
         return f"{self.value:.3g} ({ends})"
 
 
-class Subject(_Record):
+class Subject(Record):
     """What was audited: by digest, so that it cannot be another one."""
 
     name: str
@@ -59,7 +56,7 @@ class Subject(_Record):
     looked_at: int
 
 
-class PlantedRecall(_Record):
+class PlantedRecall(Record):
     """How many planted copies of one kind are found."""
 
     plant: str
@@ -70,7 +67,7 @@ class PlantedRecall(_Record):
     copies: int
 
 
-class Peer(_Record):
+class Peer(Record):
     """Another detector at the same rule of threshold, on the same planted copies and images."""
 
     name: str
@@ -79,7 +76,7 @@ class Peer(_Record):
     held_out_rate: Interval
 
 
-class Canaries(_Record):
+class Canaries(Record):
     """Training scans that the generator saw equally often, and how near its images came to them."""
 
     times: int
@@ -91,16 +88,9 @@ class Canaries(_Record):
     """To the most similar image, the median over these scans."""
 
 
-class Copies(_Record):
+class Copies(Calibration):
     """Copies of training scans: the threshold, its proven power, and what lies above it."""
 
-    tau: float
-    asked: float
-    promised: float
-    """Share of further patients of whom a scan may lie above it, by the number of held-out patients."""
-    at_most: float
-    calibration_patients: int
-    calibration_scans: int
     train_scans: int
     """Looked up."""
     corpus_scans: int
@@ -127,7 +117,7 @@ class Copies(_Record):
         return min((one.recall.value or 0.0 for one in self.power if one.strength == "slight"), default=0.0)
 
 
-class Beside(_Record):
+class Beside(Record):
     """A figure of synthetic images against held-out scans, and of as many training scans against the same."""
 
     synthetic: Interval
@@ -135,7 +125,7 @@ class Beside(_Record):
     images: int
 
 
-class Reading(_Record):
+class Reading(Record):
     """What a probe reads of images beside what was asked for, of one value, label or number."""
 
     name: str
@@ -182,7 +172,7 @@ class Reading(_Record):
         return max(0.0, abs(apart) - half)
 
 
-class MembershipAttack(_Record):
+class MembershipAttack(Record):
     """How well one attack tells scans that the generator learned from from those of held-out patients."""
 
     name: str
@@ -192,7 +182,7 @@ class MembershipAttack(_Record):
     """Share of members found where at most one in a hundred others is taken for one; see `guessed_tpr`."""
 
 
-class Membership(_Record):
+class Membership(Record):
     """What whoever holds the generator could tell of a scan that they hold too."""
 
     generator: str
@@ -209,7 +199,7 @@ class Membership(_Record):
         return (math.floor(0.01 * self.others + 1e-9) + 1) / (self.others + 1)
 
 
-class Subgroup(_Record):
+class Subgroup(Record):
     """Figures of the images of one cell alone, each beside that of real scans of the same cell."""
 
     cell: str
@@ -220,7 +210,7 @@ class Subgroup(_Record):
     """Too few images or scans for the figures to mean much."""
 
 
-class Gap(_Record):
+class Gap(Record):
     """How far two cells lie apart in one figure: those of a category that lie furthest apart."""
 
     figure: str
@@ -238,7 +228,7 @@ class Gap(_Record):
         return self.gap.low is not None and self.gap.low > 0
 
 
-class Usefulness(_Record):
+class Usefulness(Record):
     """How well classifiers that learned in one way read a label of held-out real scans."""
 
     arm: Arm
@@ -254,7 +244,7 @@ class Usefulness(_Record):
     small: bool
 
 
-class Gain(_Record):
+class Gain(Record):
     """What learning in another way changes, on the same held-out patients."""
 
     arm: Arm
@@ -265,7 +255,7 @@ class Gain(_Record):
     """Of what real scans teach beyond guessing, (AUC - 0.5) / (their AUC - 0.5); None where they may teach nothing."""
 
 
-class Utility(_Record):
+class Utility(Record):
     """What the images are worth for training."""
 
     classifier: str
@@ -282,7 +272,7 @@ class Utility(_Record):
     """Of all trainings together."""
 
 
-class GivenFidelity(_Record):
+class GivenFidelity(Record):
     """Fidelity as a given network or radiomic features see it, beside that of the audit's own encoder."""
 
     backbone: str
@@ -292,7 +282,7 @@ class GivenFidelity(_Record):
     figures: Mapping[str, Beside]
 
 
-class Contents(_Record):
+class Contents(Record):
     """What the dataset holds of what was ordered, and whether it says of each image what it shows."""
 
     requested: int
@@ -308,14 +298,14 @@ class Contents(_Record):
     """What looked for copies while the images were made."""
 
 
-class Finding(_Record):
+class Finding(Record):
     """One thing that was measured, in words."""
 
     what: str
     found: str
 
 
-class Criterion(_Record):
+class Criterion(Record):
     """One of the seven criteria of the scorecard for synthetic medical data (Zamzmi et al. 2025)."""
 
     name: str
@@ -324,7 +314,7 @@ class Criterion(_Record):
     not_measured: tuple[str, ...]
 
 
-class Report(_Record):
+class Report(Record):
     """All that an audit found."""
 
     schema_version: int = SCHEMA_VERSION
@@ -347,7 +337,7 @@ class Report(_Record):
     """That the measuring took, without training the encoder."""
 
 
-class Likenesses(_Record):
+class Likenesses(Record):
     """How alike images and their nearest training scans are: for a picture."""
 
     tau: float

@@ -9,13 +9,13 @@ As confidential as the corpus: embeddings of scans tell anyone who has somebody'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
@@ -24,71 +24,14 @@ from torch.nn import functional
 from scanloom.artefact import open_artefact
 from scanloom.errors import ArtefactError
 from scanloom.models.copy_encoder import CopyEncoder, load_copy_encoder, square_of
+from scanloom.models.gate_card import CARD, GateCard
 from scanloom.shards.reader import read_file
 
-CARD, ENCODER, INDEX = "gate.json", "encoder.safetensors", "index.safetensors"
+ENCODER, INDEX = "encoder.safetensors", "index.safetensors"
 LOOK_ROWS = 8
 """Images of a look: always so many, so that what is seen of one does not depend on the others. A lone image costs as
 much as eight; more than eight at once are hardly cheaper by the image."""
 _CPU_BLOCK = 4096
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Share(_Record):
-    """A share with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
-
-
-class Planted(_Record):
-    """How many training scans, changed in one way, the gate refuses."""
-
-    plant: str
-    strength: Literal["slight", "strong"]
-    refused: Share
-    copies: int
-
-
-class GateCard(_Record):
-    """What a gate is and what was measured of it, on scans that neither its encoder nor its threshold saw."""
-
-    format: Literal[1] = 1
-    name: str
-    size_px: int
-    """Side of the squares that it looks at."""
-    channels: tuple[int, ...]
-    width: int
-    seed: int
-    """Of the encoder; another than that of the recipe's audit, which would else be blind where the gate is."""
-    train_scans: int
-    """In the index, all of them."""
-    tau: float
-    """Likeness, a cosine, above which an image is refused."""
-    asked: float
-    """Share of further patients of whom a scan may lie above it."""
-    promised: float
-    """What follows from so many patients; over `asked` where there are too few of them."""
-    at_most: float
-    """95 % bound of that share, over which patients happened to be held out."""
-    calibration_patients: int
-    calibration_scans: int
-    held_out: Share
-    """Of scans of other held-out patients, refused: what the gate costs a generator that copies nobody."""
-    held_out_scans: int
-    power: tuple[Planted, ...]
-
-    @property
-    def lowest_slight(self) -> float:
-        """The smallest share of slight planted copies that is refused, over the ways of planting; 1.0 where none."""
-        return min((one.refused.value for one in self.power if one.strength == "slight"), default=1.0)
 
 
 class PrivacyGate:
@@ -160,13 +103,3 @@ def load_gate(uri: str, device: str = "cpu") -> PrivacyGate:
     weights = read_file(artefact.store, artefact.entry(ENCODER))
     network = load_copy_encoder(weights, card.channels, card.width, artefact.store.uri_of(ENCODER))
     return PrivacyGate(card, artefact.digest, network, views, device)
-
-
-def blank_card(name: str, size_px: int, channels: Sequence[int], width: int, seed: int, train_scans: int) -> GateCard:
-    """The card of a gate that nothing is known of yet: it lets everything through."""
-    unknown = Share(value=0.0, low=0.0, high=1.0)
-    return GateCard(
-        name=name, size_px=size_px, channels=tuple(channels), width=width, seed=seed, train_scans=train_scans,
-        tau=2.0, asked=1.0, promised=1.0, at_most=1.0, calibration_patients=0, calibration_scans=0,
-        held_out=unknown, held_out_scans=0, power=(),
-    )  # fmt: skip
