@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -180,6 +181,15 @@ def test_the_page_begins_with_the_verdicts_and_needs_nothing_else() -> None:
     assert text.count("<h3>Co") == 7
     assert "Not measured: none of the questions above." in text
     assert "Not measured: copies, membership, likeness, variety, fairness, utility." in page(told(), LIKENESSES, b"")
+
+
+def test_the_page_says_of_every_figure_which_way_is_better() -> None:
+    seen = {name: beside(0.1, 0.1) for name in ("spectrum (dB)", "grey levels (share of range)", "MS-SSIM of any two")}
+    text = page(told(fidelity=likeness(), appearance=seen), LIKENESSES, b"")
+    for name in ("precision", "recall", "coverage", "density"):
+        assert re.search(rf"<td>{name}<td>[^<]*<td>higher", text)
+    for name in ("kid", "frechet", *seen):
+        assert re.search(rf"<td>{re.escape(name)}<td>[^<]*<td>lower", text)
 
 
 def test_names_are_drawn_as_they_are() -> None:

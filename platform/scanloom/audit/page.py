@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from scanloom.audit.plots import Row, intervals_png, likeness_png
 from scanloom.audit.report import Copies, Criterion, Interval, Likenesses, Reading, Report
-from scanloom.audit.verdicts import ALL, LOWER_IS_BETTER, Grade, Verdict, verdicts
+from scanloom.audit.verdicts import ALL, Grade, Verdict, verdicts
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -28,6 +28,7 @@ img { max-width: 100%; } small, .note { color: #555; } details { margin: .6rem 0
 """
 _MARKS: dict[Grade, str] = {"good": "✓", "look": "!", "bad": "✗", "unmeasured": "–"}
 _SHARES = ("precision", "recall", "coverage")
+_HIGHER_IS_BETTER = (*_SHARES, "density")
 _MEANS = {
     "precision": "images that lie where real scans lie",
     "recall": "real scans that have an image near them",
@@ -148,8 +149,8 @@ def _likeness(report: Report, sheet_png: bytes) -> Iterator[str]:
         yield _image(intervals_png(rows, "share, 95 % interval", (0.0, 1.0)), "likeness in shares")
     yield _image(sheet_png, "synthetic images")
     shown = [
-        (name, _MEANS.get(name, ""), "lower" if _lower(name) else "higher", str(one.synthetic), str(one.baseline),
-         f"{one.images:,}")
+        (name, _MEANS.get(name, ""), "higher" if name in _HIGHER_IS_BETTER else "lower", str(one.synthetic),
+         str(one.baseline), f"{one.images:,}")
         for name, one in {**figures, **(report.appearance or {})}.items()
     ]  # fmt: skip
     columns = ("figure", "what it is", "better", "synthetic against real", "real against real", "images")
@@ -158,10 +159,6 @@ def _likeness(report: Report, sheet_png: bytes) -> Iterator[str]:
         theirs = [(name, str(one.synthetic), str(one.baseline)) for name, one in given.figures.items()]
         told = _table(("figure", "synthetic against real", "real against real"), theirs)
         yield f"<details><summary>The same as {_plain(given.backbone)} sees it</summary>{told}</details>"
-
-
-def _lower(name: str) -> bool:
-    return name in LOWER_IS_BETTER or not name.islower()
 
 
 def _fairness(report: Report) -> Iterator[str]:
