@@ -96,6 +96,7 @@ def _attack(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
 
 def _look_again(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
     settings = recipe.audit.fidelity
+    require_room(1, settings.use_gpu, "audit.fidelity.use_gpu")
     job = GivenJob(settings=settings, corpus_uri=corpus.uri, dataset_uri=dataset.uri).model_dump(mode="json")
     return ray.get(_task(look_again, settings.use_gpu).remote(job))
 

@@ -90,7 +90,9 @@ def test_groups_have_the_size_that_the_recipe_needs() -> None:
     assert groups("finetune", "--set", "finetune.use_gpu=false") == {"cpu": (2, "8", 0)}
     by_parts = [f"audit.{part}.use_gpu=false" for part in ("copies", "membership", "utility")]
     assert groups("audit", "--set", by_parts[0])["gpu"] == (1, "8", 1)
-    assert "gpu" not in groups("audit", *(word for part in by_parts for word in ("--set", part)))
+    without = [word for part in by_parts for word in ("--set", part)]
+    assert "gpu" not in groups("audit", *without)
+    assert groups("audit", *without, "--set", "audit.fidelity.use_gpu=true")["gpu"] == (1, "8", 1)
 
 
 def test_the_recipe_goes_along_as_it_is_and_a_changed_one_is_another_job() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from scanloom.errors import RecipeError
 from scanloom.recipe import Recipe
-from scanloom.recipe_audit import CopyDetection
+from scanloom.section import DataParallel
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,6 @@ def _finetune(recipe: Recipe) -> Need:
     )  # fmt: skip
 
 
-def _probe(recipe: Recipe) -> Need:
-    section = recipe.probe
-    return Need(
-        section.workers * section.cpus_per_worker + 1, section.workers * section.use_gpu,
-        section.cpus_per_worker, float(section.use_gpu),
-    )  # fmt: skip
-
-
 def _generate(recipe: Recipe) -> Need:
     section = recipe.generate
     if section is None:
@@ -76,7 +68,7 @@ def _generate(recipe: Recipe) -> Need:
     )  # fmt: skip
 
 
-def _encoder(section: CopyDetection) -> Need:
+def _training(section: DataParallel) -> Need:
     return Need(
         section.workers * section.cpus_per_worker + 1, section.workers * section.use_gpu,
         section.cpus_per_worker, float(section.use_gpu),
@@ -84,7 +76,8 @@ def _encoder(section: CopyDetection) -> Need:
 
 
 def _audit(recipe: Recipe) -> Need:
-    encoder, others = _encoder(recipe.audit.copies), (recipe.audit.membership, recipe.audit.utility)
+    section = recipe.audit
+    encoder, others = _training(section.copies), (section.membership, section.utility, section.fidelity)
     # Their tasks take a GPU each, and one after the other where there is but one.
     gpu = max((float(part.use_gpu) for part in others if part is not None), default=0.0)
     return replace(encoder, gpus=max(encoder.gpus, gpu), gpus_of_one=max(encoder.gpus_of_one, gpu))
@@ -97,7 +90,7 @@ def _release(recipe: Recipe) -> Need:
 
 
 NEEDS: Mapping[str, Callable[[Recipe], Need]] = {
-    "prepare": _prepare, "encode": _encode, "finetune": _finetune, "probe": _probe,
-    "gate": lambda recipe: _encoder(recipe.gate), "generate": _generate,
+    "prepare": _prepare, "encode": _encode, "finetune": _finetune, "generate": _generate,
+    "probe": lambda recipe: _training(recipe.probe), "gate": lambda recipe: _training(recipe.gate),
     "audit": _audit, "release": _release,
 }  # fmt: skip

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import t as students_t
@@ -78,7 +77,7 @@ def read_material(config: Mapping[str, Any]) -> Material:
     corpus, dataset = open_artefact(job.corpus_uri, "corpus"), open_artefact(job.dataset_uri, "dataset")
     schema = AttributeSchema.model_validate(corpus.manifest.statistics["schema"])
     made_schema = AttributeSchema.model_validate(dataset.manifest.statistics["spec"]["attributes"])
-    device = "cuda" if settings.use_gpu and torch.cuda.is_available() else "cpu"
+    device = "cuda" if settings.use_gpu else "cpu"
     backbone = None if settings.backbone is None else load_backbone(settings.backbone, device)
     size_px = min(settings.size_px, corpus.manifest.statistics["size_px"]) if backbone is None else backbone.size_px
 
