@@ -154,7 +154,7 @@ def test_a_uniform_number_cut_at_whole_bins_stays_uniform() -> None:
     found = split(Span(low=1.5, high=4.0), (0.0, 2.0, 3.0))
     assert [part.low for part in found] == [1.5, 2.0, 3.0]
     assert [part.high for part in found] == [pytest.approx(high, abs=1e-6) for high in (2, 3, 4)]
-    assert not any(part.by_unit for part in found)
+    assert not any(part.grid for part in found)
     assert split(Span(low=1.0, high=4.0), (0.0, 2.0, 4.0)) == [
         Span(low=1.0, high=1.0), Span(low=2.0, high=3.0), Span(low=4.0, high=4.0)
     ]  # fmt: skip

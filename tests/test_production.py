@@ -222,7 +222,9 @@ def tiny(folder: Path, **changes: Any) -> tuple[Plan, ShardEngine]:
     return plan, ShardEngine(plan.spec, generator.uri, "cpu", 1)
 
 
-def test_an_image_comes_again_on_as_many_threads_as_its_shard_was_made_on(tmp_path: Path) -> None:
+def test_an_image_comes_again_on_as_many_threads_as_its_shard_was_made_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = publish_generator(str(tmp_path / "generator"))
     plan = compile_plan(
         specify(Generate(images=4, images_per_shard=2, slots=4, steps=2), "tiny", generator.digest, STATISTICS)
@@ -250,6 +252,12 @@ def test_an_image_comes_again_on_as_many_threads_as_its_shard_was_made_on(tmp_pa
         assert torch.get_num_threads() == 1
         assert again.told is not None
         assert "made in 2 environments" in again.told
+        with monkeypatch.context() as patched:
+            # One that only two threads give.
+            single = ShardEngine.again
+            patched.setattr(ShardEngine, "again", lambda e, row: single(e, row) ^ (torch.get_num_threads() == 1))
+            assert regenerate(dataset.uri, plan.spec.image_id(3)).difference == 0
+            assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
 

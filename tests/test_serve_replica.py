@@ -135,3 +135,18 @@ def test_it_is_ill_when_its_loop_ended(folder: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(RuntimeError, match="it is replaced"):
         replica.check_health()
     replica.drain()
+
+
+@pytest.mark.parametrize("fault", ["gone", "cut"])
+def test_a_generator_whose_files_are_damaged_takes_no_others_place(tmp_path: Path, fault: str) -> None:
+    replica = Replica(service(tmp_path, "first", "second", loaded=1))
+    weights = next((tmp_path / "second" / "unet").glob("*.safetensors"))
+    if fault == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ArtefactError, match="is not there" if fault == "gone" else "another size"):
+        asyncio.run(replica.make(order("second")))
+    assert {name for name, told in replica.status().generators.items() if told.loaded} == {"first"}
+    assert asyncio.run(replica.make(order("first"))).pixels.shape == (1, SIZE, SIZE)
+    replica.drain(0.0)

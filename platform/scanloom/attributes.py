@@ -8,6 +8,7 @@ is what Parquet and conditioners hold. torch-free, so that curation needs no GPU
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Annotated
@@ -81,13 +82,56 @@ class AttributeSchema(BaseModel):
         return self.check({n: _plain(row.get(n)) for n in self.names})
 
 
+RESOLUTIONS = (1.0, 0.1, 0.01, 0.001)
+"""Of numbers: whole ones, tenths, and so on; finer ones count as any number."""
+_MOST = 0.99
+# Single precision tells no thousandths of thousands apart.
+_TOLD_APART = 1e6
+
+
 class Range(BaseModel):
-    """Closed range of a number that was seen in training."""
+    """Closed range of a number that was seen in training, and how finely it was written down there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     low: float
     high: float
+    scans: tuple[int, ...] | None = None
+    """With a whole number, with one of tenths, and so on as RESOLUTIONS has them, and last with a finer one; None:
+    not counted."""
+
+    @property
+    def resolution(self) -> float | None:
+        """The coarsest that all but a hundredth of the scans keep to, 0 where there is none; None: not known."""
+        if not self.scans:
+            return None
+        kept = 0
+        for resolution, scans in zip(RESOLUTIONS, self.scans, strict=False):
+            kept += scans
+            if kept >= _MOST * sum(self.scans):
+                return resolution
+        return 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every scan keeps to the resolution."""
+        finer = 1 + (RESOLUTIONS.index(self.resolution) if self.resolution else len(RESOLUTIONS))
+        return self.scans is not None and not any(self.scans[finer:])
+
+    def merged(self, other: Range) -> Range:
+        """The range of both's scans."""
+        counted = self.scans is not None and other.scans is not None
+        scans = tuple(map(sum, zip(self.scans or (), other.scans or (), strict=True))) if counted else None
+        return Range(low=min(self.low, other.low), high=max(self.high, other.high), scans=scans)
+
+
+def resolution_of(number: float) -> int:
+    """The place in RESOLUTIONS of the coarsest of which a single-precision number is a multiple, else their count."""
+    for place, resolution in enumerate(RESOLUTIONS):
+        multiple = number / resolution
+        if abs(multiple - round(multiple)) <= 1e-7 * abs(multiple) + 1e-9 and abs(multiple) < _TOLD_APART:
+            return place
+    return len(RESOLUTIONS)
 
 
 class Envelope(BaseModel):
@@ -110,6 +154,7 @@ class Envelope(BaseModel):
         counts: dict[str, dict[str, int]] = {d.name: {} for d in schema.declarations if d.kind != "number"}
         lows: dict[str, float] = {}
         highs: dict[str, float] = {}
+        finely: dict[str, Counter[int]] = {}
         total = 0
         for row in rows:
             total += 1
@@ -117,10 +162,15 @@ class Envelope(BaseModel):
                 if isinstance(value, (int, float)):
                     lows[name] = min(value, lows.get(name, value))
                     highs[name] = max(value, highs.get(name, value))
+                    finely.setdefault(name, Counter())[resolution_of(value)] += 1
                 elif value is not None:
                     for item in _items(value):
                         counts[name][item] = counts[name].get(item, 0) + 1
-        ranges = {name: Range(low=lows[name], high=highs[name]) for name in sorted(lows)}
+        places = range(len(RESOLUTIONS) + 1)
+        ranges = {
+            name: Range(low=lows[name], high=highs[name], scans=tuple(finely[name][place] for place in places))
+            for name in sorted(lows)
+        }
         return cls(scans=total, values={n: dict(sorted(c.items())) for n, c in counts.items()}, ranges=ranges)
 
     def require(self, attributes: Attributes) -> None:

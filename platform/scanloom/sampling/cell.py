@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from scanloom.attributes import NO_LABEL, AttributeSchema, Envelope, Value
 from scanloom.errors import ArtefactError, RecipeError
@@ -25,15 +27,79 @@ class _Record(BaseModel):
 
 
 class Span(_Record):
-    """Numbers from low to high, both included: whole ones where both ends are, else all that lie between."""
+    """Numbers from low to high, both included."""
 
     low: float
     high: float
+    step: Annotated[float, Field(ge=0)] | None = None
+    """Which of them are meant: its multiples, and both ends are such; 0: all. None, where nobody counted how finely the
+    corpus's numbers are written: whole ones where both ends are whole, else all."""
 
     @property
-    def by_unit(self) -> bool:
-        """Whether only whole numbers are meant."""
-        return self.low < self.high and self.low.is_integer() and self.high.is_integer()
+    def grid(self) -> float:
+        """Of what all numbers that are meant are multiples; 0: all between the ends are."""
+        if self.step is not None:
+            return self.step
+        return float(self.low < self.high and self.low.is_integer() and self.high.is_integer())
+
+    @property
+    def numbers(self) -> float:
+        """How many are meant; where all are, the length."""
+        if self.grid:
+            return round((self.high - self.low) / self.grid) + 1
+        return self.high - self.low if self.low < self.high else 1.0
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, float]:
+        # Plans of before there were steps keep their digests.
+        told: dict[str, float] = serialize(self)
+        return told if self.step is not None else {"low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How finely the corpus's numbers of one attribute are written."""
+
+    step: float
+    """All but a few are its multiples; 0: they are not those of any."""
+    is_exact: bool
+    """Whether all are."""
+
+    def span(self, low: float, high: float) -> Span:
+        """What the corpus could have between two numbers.
+
+        Ends that it could not have are moved inwards. Where some scan is of finer numbers, or nothing is left, all
+        that lies between was meant.
+        """
+        if not self.step:
+            return Span(low=low, high=high, step=0.0)
+        first, last = math.ceil(_places(low, self.step)), math.floor(_places(high, self.step))
+        inside = Span(low=_single(first * self.step), high=_single(last * self.step), step=self.step)
+        kept = first <= last and (self.is_exact or (inside.low, inside.high) == (low, high))
+        return inside if kept else Span(low=low, high=high, step=0.0)
+
+
+Scales = Mapping[str, Scale]
+"""Of attributes, by name; one that is left out was not counted."""
+
+
+def scales(envelope: Envelope) -> Scales:
+    """How finely the numbers are written that a generator was trained on."""
+    known = ((name, seen, seen.resolution) for name, seen in envelope.ranges.items())
+    return {name: Scale(step, seen.is_exact) for name, seen, step in known if step is not None}
+
+
+def count(low: float, high: float, grid: float, closed: bool = True) -> int:
+    """How many multiples of `grid` lie in [low, high], or in [low, high) where it is not closed."""
+    first, last = _places(low, grid), _places(high, grid)
+    return max(0, (math.floor(last) + 1 if closed else math.ceil(last)) - math.ceil(first))
+
+
+def _places(number: float, grid: float) -> float:
+    """`number / grid`, whole where single precision cannot tell it from a whole one."""
+    exact = number / grid
+    nearest = float(round(exact))
+    return nearest if abs(exact - nearest) <= 1e-7 * abs(exact) + 1e-9 else exact
 
 
 Wanted = Value | Span
@@ -58,18 +124,21 @@ class CohortTables(_Record):
     tables: tuple[tuple[Cell, ...], ...]
 
 
-def parse_cell(schema: AttributeSchema, raw: Mapping[str, Any], share_key: str, where: str) -> Cell:
+def parse_cell(
+    schema: AttributeSchema, raw: Mapping[str, Any], share_key: str, where: str, scales: Scales | None = None
+) -> Cell:
     """The cell of a mapping of attributes to what a recipe says of them, and `share_key` to its share (default 1).
 
     Raises RecipeError that begins with `where`.
     """
-    values = {name: parse_value(schema[name], value, where) for name, value in raw.items() if name != share_key}
+    known = scales or {}
+    values = {n: parse_value(schema[n], value, where, known.get(n)) for n, value in raw.items() if n != share_key}
     return Cell(values=values, share=parse_share(raw.get(share_key, 1), where))
 
 
-def parse_value(declaration: AttributeDeclaration, value: object, where: str) -> Wanted:
+def parse_value(declaration: AttributeDeclaration, value: object, where: str, scale: Scale | None = None) -> Wanted:
     """What a recipe says of one attribute: `unknown` and null are None, labels may be joined by `+`, or `none`;
-    numbers as text, and spans as `60-79` or `[60, 79]`.
+    numbers as text, and spans as `60-79` or `[60, 79]`, of which those are meant that the corpus's scale has.
     """
     if value is None or (value == "unknown" and "unknown" not in getattr(declaration, "values", ())):
         return None
@@ -77,7 +146,7 @@ def parse_value(declaration: AttributeDeclaration, value: object, where: str) ->
         if isinstance(declaration, NumberAttribute):
             value = _number(declaration, value) if isinstance(value, str) else value
             if isinstance(value, (list, tuple)):
-                return _span(declaration, value)
+                return _span(declaration, value, scale)
         if isinstance(declaration, LabelsAttribute) and isinstance(value, str):
             return _checked(declaration, _labels(declaration, value))
         return _checked(declaration, value)
@@ -129,32 +198,42 @@ def clipped(cell: Cell, envelope: Envelope) -> Cell:
     for name, value in values.items():
         seen = envelope.ranges.get(name)
         if isinstance(value, Span) and seen and value.low <= seen.high and value.high >= seen.low:
-            values[name] = Span(low=max(value.low, seen.low), high=min(value.high, seen.high))
+            values[name] = value.model_copy(
+                update={"low": max(value.low, seen.low), "high": min(value.high, seen.high)}
+            )
     return Cell(values=values, share=cell.share)
 
 
 def split(span: Span, edges: Sequence[float]) -> list[Span]:
     """The span cut at these edges, each of which begins a part.
 
-    A span of whole numbers is cut into such where the edges are whole too; any other into parts that each hold all
-    numbers below the next one's beginning, and of edges that single precision cannot tell apart only one counts.
+    One of multiples is cut into such, without parts that hold none; where it is only of whole numbers because both
+    ends are, if the edges are whole too. Any other is cut into parts that each hold all numbers below the next one's
+    beginning, and of edges that single precision cannot tell apart only one counts.
     """
-    inside = sorted({float(np.float32(edge)) for edge in edges if span.low < edge <= span.high})
-    if span.by_unit and all(edge.is_integer() for edge in inside):
-        lasts = [*(edge - 1 for edge in inside), span.high]
-        return [Span(low=low, high=high) for low, high in zip([span.low, *inside], lasts, strict=True)]
+    inside = sorted({_single(edge) for edge in edges if span.low < edge <= span.high})
+    if span.step or (span.grid and all(edge.is_integer() for edge in inside)):
+        firsts = [math.ceil(_places(edge, span.grid)) for edge in inside]
+        lows = [span.low, *(_single(first * span.grid) for first in firsts)]
+        highs = [*(_single((first - 1) * span.grid) for first in firsts), span.high]
+        ends = zip(lows, highs, strict=True)
+        return [Span(low=low, high=high, step=span.step) for low, high in ends if low <= high]
     inside = [edge for edge in inside if span.low < edge < span.high]
     if not inside:
         return [span]
-    lasts = [*(_below(edge) for edge in inside), span.high]
-    parts = [Span(low=low, high=high) for low, high in zip([span.low, *inside], lasts, strict=True)]
+    highs = [*(_below(edge) for edge in inside), span.high]
+    parts = [Span(low=low, high=high, step=span.step) for low, high in zip([span.low, *inside], highs, strict=True)]
     # A last part with whole ends would be of whole numbers, unlike the others.
-    return [Span(low=part.low, high=_below(part.high)) if part.by_unit else part for part in parts]
+    return [Span(low=part.low, high=_below(part.high)) if part.grid else part for part in parts]
+
+
+def _single(number: float) -> float:
+    return float(np.float32(number))
 
 
 def _below(number: float) -> float:
     """The single-precision number before this one."""
-    return float(np.nextafter(np.float32(number), np.float32(-np.inf)))
+    return _single(np.nextafter(np.float32(number), np.float32(-np.inf)))
 
 
 def ends(value: Wanted) -> tuple[Value, ...]:
@@ -180,13 +259,13 @@ def _labels(declaration: LabelsAttribute, text: str) -> list[str]:
     return [] if text == NO_LABEL else text.split("+")
 
 
-def _span(declaration: AttributeDeclaration, said: Sequence[object]) -> Span:
+def _span(declaration: AttributeDeclaration, said: Sequence[object], scale: Scale | None) -> Span:
     if len(said) != 2:
         raise RecipeError(f"{declaration.name}={list(said)!r}: expected a number or [low, high]")
     low, high = (_checked(declaration, end) for end in said)
     if not (isinstance(low, float) and isinstance(high, float) and low <= high):
         raise RecipeError(f"{declaration.name}={list(said)!r}: low is over high")
-    return Span(low=low, high=high)
+    return scale.span(low, high) if scale is not None else Span(low=low, high=high)
 
 
 def _checked(declaration: AttributeDeclaration, value: object) -> Value:

@@ -14,7 +14,7 @@ from typing import Any
 from scanloom.attributes import AttributeSchema, Envelope
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import AsCorpusCohort, BalancedCohort, CellsCohort, Cohort, MarginalsCohort, TableCohort
-from scanloom.sampling.cell import Cell, CohortTables, clipped, parse_cell, require_within, shown
+from scanloom.sampling.cell import Cell, CohortTables, clipped, parse_cell, require_within, scales, shown
 from scanloom.sampling.cohort_file import read_cells
 from scanloom.sampling.corpus_table import CorpusTable, Coverage
 from scanloom.sampling.grouped import balanced, raised
@@ -42,8 +42,9 @@ def resolve(
     Raises RecipeError for a cohort that says nothing or something malformed, ArtefactError naming cell and envelope
     where it asks for what the generator has not seen.
     """
-    parsed = (parse_cell(schema, cell, "count", "the corpus's table") for cell in corpus_cells)
-    corpus = CorpusTable([clipped(cell, envelope) for cell in parsed])
+    known = scales(envelope)
+    parsed = (parse_cell(schema, cell, "count", "the corpus's table", known) for cell in corpus_cells)
+    corpus = CorpusTable([clipped(cell, envelope) for cell in parsed], known)
     tables, told = _tables(cohort, schema, envelope, corpus, images)
     for table in tables:
         if not any(cell.share for cell in table):
@@ -65,9 +66,10 @@ def _tables(
     cohort: Cohort, schema: AttributeSchema, envelope: Envelope, corpus: CorpusTable, images: int
 ) -> tuple[list[list[Cell]], tuple[str, ...]]:
     if isinstance(cohort, CellsCohort):
-        return [[parse_cell(schema, c, "share", f"cohort cell {n}") for n, c in enumerate(cohort.cells, 1)]], ()
+        told = enumerate(cohort.cells, 1)
+        return [[parse_cell(schema, c, "share", f"cohort cell {n}", corpus.scales) for n, c in told]], ()
     if isinstance(cohort, TableCohort):
-        return [read_cells(cohort.uri, schema, images)], ()
+        return [read_cells(cohort.uri, schema, images, corpus.scales)], ()
     if isinstance(cohort, MarginalsCohort):
         return marginal_tables(cohort, schema, corpus, images), ()
     if isinstance(cohort, BalancedCohort):

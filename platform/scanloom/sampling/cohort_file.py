@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from scanloom.attributes import AttributeSchema
 from scanloom.errors import RecipeError
 from scanloom.recipe import nearest
-from scanloom.sampling.cell import Cell, parse_cell
+from scanloom.sampling.cell import Cell, Scales, parse_cell
 from scanloom.store import Store
 
 SHARE, COUNT = "share", "count"
 
 
-def read_cells(uri: str, schema: AttributeSchema, images: int) -> list[Cell]:
+def read_cells(uri: str, schema: AttributeSchema, images: int, scales: Scales) -> list[Cell]:
     """The cells of a table at a URI, each with its share or count.
 
     Raises RecipeError naming file and row for what is no table of a cohort: columns that are no attributes, values
@@ -34,7 +34,7 @@ def read_cells(uri: str, schema: AttributeSchema, images: int) -> list[Cell]:
     if not rows:
         raise RecipeError(f"{where}: has no rows; give it one a cell")
     weight = _weight_column(tuple(rows[0][1]), schema, where)
-    cells = [_cell(schema, row, weight, f"{where}, {place}") for place, row in rows]
+    cells = [_cell(schema, row, weight, f"{where}, {place}", scales) for place, row in rows]
     total = sum(cell.share for cell in cells)
     if weight == COUNT and total != images:
         raise RecipeError(
@@ -104,13 +104,13 @@ def _weight_column(columns: tuple[str, ...], schema: AttributeSchema, where: str
     return found[0]
 
 
-def _cell(schema: AttributeSchema, row: Mapping[str, Any], weight: str, where: str) -> Cell:
+def _cell(schema: AttributeSchema, row: Mapping[str, Any], weight: str, where: str, scales: Scales) -> Cell:
     share = row[weight]
     try:
         share = float(share) if isinstance(share, str) else share
     except ValueError:
         raise RecipeError(f"{where}: {weight} {share!r} is no number") from None
-    cell = parse_cell(schema, {**row, weight: share}, weight, where)
+    cell = parse_cell(schema, {**row, weight: share}, weight, where, scales)
     if weight == COUNT and cell.share != int(cell.share):
         raise RecipeError(f"{where}: count {share!r} is no whole number; or name the column 'share'")
     return cell

@@ -15,7 +15,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from scanloom.sampling.cell import Cell, Span, Wanted, split
+from scanloom.sampling.cell import Cell, Scales, Span, Wanted, count, split
 
 Values = tuple[Wanted, ...]
 Weighted = tuple[Cell, float]
@@ -38,10 +38,11 @@ class Coverage:
 
 
 class CorpusTable:
-    """The joint table of a corpus; a cell's `share` is its number of scans."""
+    """The joint table of a corpus, a cell's `share` is its number of scans; and how finely its numbers are written."""
 
-    def __init__(self, cells: Sequence[Cell]) -> None:
+    def __init__(self, cells: Sequence[Cell], scales: Scales | None = None) -> None:
         self.cells = tuple(cells)
+        self.scales = scales or {}
         self._low_ends: dict[str, set[float]] = defaultdict(set)
         for cell in cells:
             for name, value in cell.values.items():
@@ -189,9 +190,9 @@ class CorpusTable:
             inside = has.low <= wanted.low < has.high or (closed and wanted.low == has.high)
             return float(inside), float(inside)
         low, high = max(wanted.low, has.low), min(wanted.high, has.high)
-        if wanted.by_unit:
-            common = _whole(low, high, closed or high < has.high)
-            return common / _whole(wanted.low, wanted.high), common / max(1, _whole(has.low, has.high, closed))
+        if wanted.grid:
+            common = count(low, high, wanted.grid, closed or high < has.high)
+            return common / wanted.numbers, common / max(1, count(has.low, has.high, wanted.grid, closed))
         length = max(0.0, high - low)
         return length / (wanted.high - wanted.low), length / (has.high - has.low) if has.high > has.low else 0.0
 
@@ -232,11 +233,6 @@ def _discrete(values: Values) -> Values:
 def _normalised(table: Sequence[Cell]) -> list[Weighted]:
     whole = math.fsum(cell.share for cell in table)
     return [(cell, cell.share / whole) for cell in table]
-
-
-def _whole(low: float, high: float, closed: bool = True) -> int:
-    """How many whole numbers lie in [low, high], or in [low, high) where it is not closed."""
-    return max(0, (math.floor(high) + 1 if closed else math.ceil(high)) - math.ceil(low))
 
 
 def merged(cells: Iterable[Cell]) -> list[Cell]:

@@ -77,7 +77,7 @@ class Drawn:
 def draw(cohort: CohortTables, schema: AttributeSchema, images: int, seed: int) -> Drawn:
     """The attributes of so many images, shuffled; the same arguments give the same ones.
 
-    Numbers of a span are uniform over its whole units where both ends are whole, else over all of it.
+    Numbers of a span are uniform over those that it means.
     """
     cells = []
     numbers: dict[str, NDArray[np.float32]] = {}
@@ -100,14 +100,15 @@ def _numbers(values: Sequence[object], cell_of: NDArray[np.int32], uniform: NDAr
     """A number of its cell's value or span per image; 0 where the cell has none."""
     spans = [v if isinstance(v, Span) else Span(low=v, high=v) if isinstance(v, float) else _NOTHING for v in values]
     low, high = (np.array([getattr(span, end) for span in spans]) for end in ("low", "high"))
-    by_unit, units = np.array([span.by_unit for span in spans]), high - low + 1
+    grid, numbers = np.array([span.grid for span in spans]), np.array([span.numbers for span in spans])
+    first = np.rint(low / np.where(grid, grid, 1.0))
     stored = np.empty(len(cell_of), dtype=np.float32)
     # In pieces, so that a million images need no temporaries of a million.
     for start in range(0, len(cell_of), _CHUNK):
         cell, u = cell_of[start : start + _CHUNK], uniform[start : start + _CHUNK]
-        whole = low[cell] + np.floor(u * units[cell])
+        multiples = (first[cell] + np.floor(u * numbers[cell])) * grid[cell]
         # The ends are single-precision numbers, so that rounding to single precision stays between them.
-        stored[start : start + _CHUNK] = np.where(by_unit[cell], whole, low[cell] + u * (high[cell] - low[cell]))
+        stored[start : start + _CHUNK] = np.where(grid[cell], multiples, low[cell] + u * (high[cell] - low[cell]))
     return stored
 
 

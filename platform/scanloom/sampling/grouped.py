@@ -67,7 +67,7 @@ def balanced(
     Raises ArtefactError where the corpus has too few scans of a combination, RecipeError for what is malformed and
     for fewer images than combinations.
     """
-    wanted = list(_combinations(cohort, schema, envelope))
+    wanted = list(_combinations(cohort, schema, envelope, corpus))
     # Where a band cuts through a bin of the corpus, part of a scan lies in it: that counts as one.
     under = [math.ceil(corpus.scans_in(values)) < cohort.least_scans for values in wanted]
     lacking = [values for values, lacks in zip(wanted, under, strict=True) if lacks]
@@ -87,7 +87,9 @@ def balanced(
     return cells, f"{told}{shown(lacking[0])}: left out" if lacking else None
 
 
-def _combinations(cohort: BalancedCohort, schema: AttributeSchema, envelope: Envelope) -> Iterable[dict[str, Wanted]]:
+def _combinations(
+    cohort: BalancedCohort, schema: AttributeSchema, envelope: Envelope, corpus: CorpusTable
+) -> Iterable[dict[str, Wanted]]:
     for what, mapping in (("bands", cohort.bands), ("values", cohort.values)):
         for name in mapping:
             if name not in cohort.over:
@@ -96,7 +98,7 @@ def _combinations(cohort: BalancedCohort, schema: AttributeSchema, envelope: Env
                 )
     if len(set(cohort.over)) != len(cohort.over):
         raise RecipeError(f"generate.cohort: over names an attribute twice: {', '.join(cohort.over)}")
-    axes = [_values(cohort, name, schema, envelope) for name in cohort.over]
+    axes = [_values(cohort, name, schema, envelope, corpus) for name in cohort.over]
     if (count := math.prod(len(axis) for axis in axes)) > MOST_CELLS:
         raise RecipeError(
             f"generate.cohort: {count} combinations; {MOST_CELLS} at most: name fewer values or attributes"
@@ -104,7 +106,9 @@ def _combinations(cohort: BalancedCohort, schema: AttributeSchema, envelope: Env
     return (dict(zip(cohort.over, values, strict=True)) for values in product(*axes))
 
 
-def _values(cohort: BalancedCohort, name: str, schema: AttributeSchema, envelope: Envelope) -> list[Wanted]:
+def _values(
+    cohort: BalancedCohort, name: str, schema: AttributeSchema, envelope: Envelope, corpus: CorpusTable
+) -> list[Wanted]:
     declaration, where = schema[name], f"generate.cohort: balanced over {name}"
     if isinstance(declaration, NumberAttribute):
         if name not in cohort.bands:
@@ -112,11 +116,12 @@ def _values(cohort: BalancedCohort, name: str, schema: AttributeSchema, envelope
         edges = cohort.bands[name]
         if list(edges) != sorted(set(edges)):
             raise RecipeError(f"{where}: the edges of its bands do not ascend: {list(edges)}")
-        whole = parse_value(declaration, [edges[0], edges[-1]], where)
+        whole = parse_value(declaration, [edges[0], edges[-1]], where, corpus.scales.get(name))
         assert isinstance(whole, Span)
         parts = split(whole, edges[:-1])
         if len(parts) != len(edges) - 1:
-            raise RecipeError(f"{where}: single precision has nothing between two edges of its bands: {list(edges)}")
+            told = f"no number that is a multiple of {whole.step:g}" if whole.step else "nothing of single precision"
+            raise RecipeError(f"{where}: {told} lies between two edges of its bands: {list(edges)}")
         return list(parts)
     if name in cohort.bands:
         raise RecipeError(f"{where}: is no number; list its values under `values`")

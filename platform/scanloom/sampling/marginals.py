@@ -34,7 +34,9 @@ def marginal_tables(
     zeros can meet.
     """
     return [
-        _Joint(cohort, names, schema, corpus, images).cells() if len(names) > 1 else _axis(cohort, names[0], schema)
+        _Joint(cohort, names, schema, corpus, images).cells()
+        if len(names) > 1
+        else _axis(cohort, names[0], schema, corpus)
         for names in _connected(cohort)
     ]
 
@@ -56,27 +58,25 @@ def _connected(cohort: MarginalsCohort) -> list[list[str]]:
     return sorted(in_order, key=lambda group: names.index(group[0]))
 
 
-def _axis(cohort: MarginalsCohort, name: str, schema: AttributeSchema, edges: Sequence[float] = ()) -> list[Cell]:
+def _axis(
+    cohort: MarginalsCohort, name: str, schema: AttributeSchema, corpus: CorpusTable, edges: Sequence[float] = ()
+) -> list[Cell]:
     """The cells of one marginal; a uniform one cut at `edges`."""
     shares, declaration, where = cohort.marginals[name], schema[name], f"cohort marginal of {name}"
+    scale = corpus.scales.get(name)
     if _UNIFORM not in shares or not isinstance(declaration, NumberAttribute):
-        values = ((parse_value(declaration, key, where), share) for key, share in shares.items())
+        values = ((parse_value(declaration, key, where, scale), share) for key, share in shares.items())
         cells = [Cell(values={name: value}, share=parse_share(share, where)) for value, share in values]
     elif len(shares) > 1:
         raise RecipeError(f"{where}: 'uniform' stands alone; found {', '.join(shares)}")
     else:
-        whole = parse_value(declaration, shares[_UNIFORM], where)
+        whole = parse_value(declaration, shares[_UNIFORM], where, scale)
         parts = split(whole, edges) if isinstance(whole, Span) and edges else [whole]
-        cells = [Cell(values={name: part}, share=_size(part) if len(parts) > 1 else 1.0) for part in parts]
+        sizes = [part.numbers if isinstance(part, Span) and len(parts) > 1 else 1.0 for part in parts]
+        cells = [Cell(values={name: part}, share=size) for part, size in zip(parts, sizes, strict=True)]
     if not any(cell.share for cell in cells):
         raise RecipeError(f"{where}: its shares sum to 0; give at least one value a share")
     return cells
-
-
-def _size(part: object) -> float:
-    if not isinstance(part, Span):
-        return 1.0
-    return part.high - part.low + 1 if part.by_unit or part.low == part.high else part.high - part.low
 
 
 class _Joint:
@@ -86,7 +86,7 @@ class _Joint:
         self, cohort: MarginalsCohort, names: list[str], schema: AttributeSchema, corpus: CorpusTable, images: int
     ) -> None:
         self._cohort, self._names, self._schema, self._corpus, self._images = cohort, names, schema, corpus, images
-        self._axes = [_axis(cohort, name, schema, corpus.edges(name)) for name in names]
+        self._axes = [_axis(cohort, name, schema, corpus, corpus.edges(name)) for name in names]
         self._shape = [len(axis) for axis in self._axes]
         if math.prod(self._shape) > MOST_CELLS:
             raise RecipeError(
@@ -166,7 +166,7 @@ class _Joint:
 
     def _place(self, attribute: int, key: str, where: str) -> int:
         name, axis = self._names[attribute], self._axes[attribute]
-        value = parse_value(self._schema[name], key, where)
+        value = parse_value(self._schema[name], key, where, self._corpus.scales.get(name))
         for place, cell in enumerate(axis):
             if cell.values[name] == value:
                 return place

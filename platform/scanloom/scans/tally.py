@@ -120,8 +120,7 @@ def _merged_envelopes(envelopes: Sequence[Envelope]) -> Envelope:
         for name, counts in envelope.values.items():
             values.setdefault(name, Counter()).update(counts)
         for name, seen in envelope.ranges.items():
-            before = ranges.get(name, seen)
-            ranges[name] = Range(low=min(before.low, seen.low), high=max(before.high, seen.high))
+            ranges[name] = ranges[name].merged(seen) if name in ranges else seen
     return Envelope(
         scans=sum(envelope.scans for envelope in envelopes),
         values={name: dict(sorted(counts.items())) for name, counts in values.items()},
