@@ -18,9 +18,9 @@ from scanloom.audit.report import Interval, Usefulness, Utility
 from scanloom.audit.utility import UtilityJob, read_material, require_known, utility_of, weighted_auc
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.recipe import LabelsAttribute
-from scanloom.recipe_audit import Arm, Audit, Fairness, UtilityStudy
+from scanloom.recipe_audit import ARMS, Arm, Audit, Fairness, UtilityStudy
 from scanloom.training.calibration import auc
-from scanloom.training.utility import ARMS, Material, Part, Scores, lessons, train_and_score
+from scanloom.training.utility import Material, Part, Scores, lessons, train_and_score
 from tests.audited import publish_dataset
 from tests.phantom_corpus import SIZE, publish_corpus
 from tests.released import generator

@@ -26,8 +26,7 @@ from scanloom.audit.report import (
     Utility,
 )
 from scanloom.audit.scorecard import scorecard
-from scanloom.audit.utility import MEAN as LABELS_MEAN
-from scanloom.audit.verdicts import MEAN, of_100, verdicts, worth
+from scanloom.audit.verdicts import of_100, verdicts, worth
 from tests.released import copies
 
 SUBJECT = Subject(name="d <1>", dataset="d" * 64, corpus="c" * 64, images=1000, looked_at=900)
@@ -127,7 +126,6 @@ def test_what_was_not_measured_has_no_verdict() -> None:
     half = worth(learned(real=0.9, synthetic=0.7), "synthetic")
     assert half is not None
     assert half.value == pytest.approx(0.5)
-    assert MEAN == LABELS_MEAN
 
 
 def test_shares_in_words() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from scanloom.section import Count, DataParallel, Positive, Section
 
 Arm = Literal["real", "synthetic", "real and synthetic", "synthetic, then real"]
 """From what a classifier learns."""
+ARMS: tuple[Arm, ...] = get_args(Arm)
 
 
 class CopyDetection(DataParallel):

@@ -59,7 +59,6 @@ def model_card(generator: Artefact, corpora: Sequence[Artefact], report: Report,
         "license_name": f"{policy.target}-use",
         "license_link": "TERMS.md",
     }
-    found = {one.topic: one for one in verdicts(report)}
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {generator.manifest.name}, the generator",
@@ -72,14 +71,13 @@ def model_card(generator: Artefact, corpora: Sequence[Artefact], report: Report,
         "## What it can be asked for",
         _table(("attribute", "trained on"), _envelope(corpora)),
         "## What was found of it",
-        *(f"**{one.question}** {one.answer} {one.because}" for one in map(found.__getitem__, _OF_GENERATOR)),
+        *(f"**{one.question}** {one.answer} {one.because}" for one in verdicts(report)),
         "## Limits\n\nIts images must not be used to diagnose or treat anybody. What is rare among the scans is rarely "
         "drawn well; nothing outside of what it was trained on can be asked for.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_OF_GENERATOR = ("copies", "membership", "likeness", "variety", "fairness", "utility")
 _SHOWN = ("steps", "batch_size", "learning_rate", "ema_decay", "prediction_type", "precision", "start_from")
 
 

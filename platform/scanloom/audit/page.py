@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from scanloom.audit.plots import Row, intervals_png, likeness_png
 from scanloom.audit.report import Copies, Criterion, Interval, Likenesses, Reading, Report
 from scanloom.audit.verdicts import ALL, Grade, Verdict, verdicts
+from scanloom.recipe_audit import ARMS
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -36,9 +37,7 @@ _MEANS = {
     "coverage": "real scans of which an image is among the nearest",
     "frechet": "distance of the two sets as a whole (Fréchet)",
     "kid": "distance of the two sets as a whole (kernel)",
-    "frd": "distance of the two sets by radiomic features (Fréchet)",
 }
-_ARMS = ("real", "synthetic", "real and synthetic", "synthetic, then real")
 
 
 def page(report: Report, likenesses: Likenesses, sheet_png: bytes) -> str:
@@ -220,9 +219,7 @@ def _utility(report: Report) -> Iterator[str]:
     )
     labels = list(dict.fromkeys(one.label for one in found.figures if one.cell == ALL))
     named: dict[tuple[str, str], Interval] = {(one.label, one.arm): one.auc for one in found.figures if one.cell == ALL}
-    rows = [
-        Row(label, {f"from {arm}": named[label, arm] for arm in _ARMS if (label, arm) in named}) for label in labels
-    ]
+    rows = [Row(label, {f"from {arm}": named[label, arm] for arm in ARMS if (label, arm) in named}) for label in labels]
     yield _image(intervals_png(rows, "AUC on real scans, 95 % interval", (0.2, 1.0), 0.5), "use for training")
     gains = [
         (one.arm, one.label, str(one.over_real), "not known" if one.share is None else str(one.share))

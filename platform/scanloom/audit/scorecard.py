@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 
 from scanloom.audit.report import Beside, Criterion, Finding, Report
 from scanloom.audit.verdicts import mean_auc, worst_reading
+from scanloom.recipe_audit import ARMS
 
 _BEHIND_READERS = "reading by radiologists"
-_CONGRUENCE = ("frechet", "kid", "frd", "precision", "density")
+_CONGRUENCE = ("frechet", "kid", "precision", "density")
 _COVERAGE = ("recall", "coverage")
 _VARIETY = "MS-SSIM"
 
@@ -64,7 +65,7 @@ def _congruence(report: Report) -> Iterator[Finding]:
     yield from _besides({name: likeness[name] for name in _CONGRUENCE if name in likeness})
     yield from _besides({n: one for n, one in (report.appearance or {}).items() if not n.startswith(_VARIETY)})
     if report.utility is not None:
-        for arm in ("real", "synthetic", "real and synthetic", "synthetic, then real"):
+        for arm in ARMS:
             if (auc := mean_auc(report.utility.figures, arm)) is not None:
                 yield Finding(what=f"mean AUC on held-out scans, trained on {arm}", found=f"{auc:.3f}")
 

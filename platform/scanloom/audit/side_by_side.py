@@ -15,12 +15,12 @@ from scanloom.audit.cardiothoracic import HeldOut, auc, cardiothoracic_ratio, fi
 from scanloom.audit.contact_sheet import SheetRow, Tile, contact_sheet
 from scanloom.audit.report import PAGE, REPORT, read_report
 from scanloom.audit.verdicts import in_one_line, verdicts
+from scanloom.sampling.dataset import IMAGES
 from scanloom.shards.reader import rows
 from scanloom.shards.writer import image_pixels
 
 SHEET = "contact-sheet.png"
 NORMAL = "No finding"
-DATASET_FOLDER = "images"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def compare(corpus: Artefact, dataset: Artefact, title: str) -> Comparison:
     """Measure both and draw them side by side under a title; the corpus must declare the attribute `findings`."""
     schema = AttributeSchema.model_validate(corpus.manifest.statistics["schema"])
     schema["findings"]
-    real, synthetic = (list(_tiles(a, f, schema)) for a, f in ((corpus, "train"), (dataset, DATASET_FOLDER)))
+    real, synthetic = (list(_tiles(a, f, schema)) for a, f in ((corpus, "train"), (dataset, IMAGES)))
     sheet = contact_sheet(title, sheet_rows(real, synthetic))
     return Comparison(separation(real), separation(synthetic), fit_probe().held_out, sheet)
 

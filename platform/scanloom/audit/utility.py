@@ -25,16 +25,16 @@ from scanloom.audit.groups import EVERYONE, LEAST_IMAGES, Grouping, widest_gap, 
 from scanloom.audit.intervals import Estimate, multiplicities, percentile
 from scanloom.audit.report import Gain, Gap, Interval, Usefulness, Utility
 from scanloom.audit.scans import held_out_splits, in_batches, owner_of, spread, squares
+from scanloom.audit.verdicts import MEAN
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models.backbone import Backbone, load_backbone
 from scanloom.models.classifier import DEFAULT, ON_VECTORS
 from scanloom.models.probe_card import Output, outputs_of
 from scanloom.recipe import LabelsAttribute, nearest
-from scanloom.recipe_audit import Arm, Audit, UtilityStudy
+from scanloom.recipe_audit import ARMS, Arm, Audit, UtilityStudy
 from scanloom.sampling.dataset import IMAGES
-from scanloom.training.utility import ARMS, Material, Part, Scores
+from scanloom.training.utility import Material, Part, Scores
 
-MEAN = "mean of labels"
 Floats = NDArray[np.float64]
 _BATCH = 64
 

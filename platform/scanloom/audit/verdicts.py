@@ -19,7 +19,7 @@ RECALL = 0.95
 _NEAR, _FAR = 0.1, 0.25
 _MOST, _HALF = 0.9, 0.5
 _TELLING = 0.6
-LOWER_IS_BETTER = frozenset({"frechet", "kid", "frd"})
+_LOWER_IS_BETTER = frozenset({"frechet", "kid"})
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def apart(reading: Reading) -> float | None:
 def as_real(name: str, beside: Beside) -> bool:
     """Whether a figure of synthetic images is as good as between real scans, as far as the intervals tell."""
     synthetic, baseline = beside.synthetic, beside.baseline
-    if name in LOWER_IS_BETTER:
+    if name in _LOWER_IS_BETTER:
         return synthetic.low is not None and baseline.high is not None and synthetic.low <= baseline.high
     return synthetic.high is not None and baseline.low is not None and synthetic.high >= baseline.low
 

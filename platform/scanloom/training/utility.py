@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,9 @@ from torch.nn import functional
 from scanloom.attributes import Attributes, AttributeSchema
 from scanloom.errors import RecipeError
 from scanloom.models.classifier import build_classifier, takes
-from scanloom.recipe_audit import Arm, UtilityStudy
+from scanloom.recipe_audit import ARMS, Arm, UtilityStudy
 from scanloom.training.draws import rows_at
 
-ARMS: tuple[Arm, ...] = get_args(Arm)
 READ_ROWS = 64
 _SHIFT, _CONTRAST, _BRIGHTNESS = 0.05, 0.1, 0.05
 
