@@ -21,15 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta, nct, norm
 
+from scanloom.audit.fidelity import chunks
 from scanloom.audit.intervals import Estimate, clustered_share, share
-from scanloom.audit.plants import Plant
+from scanloom.audit.plants import Plant, Strength
 from scanloom.models.copy_encoder import kept_views
 
 Floats = NDArray[np.float64]
 Squares = NDArray[np.float32]
 """Images [N, S, S] in [0, 1], all of one side."""
 
-_BLOCK_VALUES = 2**22
 _CARLINI_NEAREST, _CARLINI_ALPHA = 50, 0.5
 _LEAST_FOR_BOUND = 10
 
@@ -93,7 +93,7 @@ class Embeddings:
     def look_up(self, vectors_ND: NDArray[np.float32]) -> Found:
         """What unit vectors [N, D] are nearest to, exactly."""
         likeness, row = np.zeros(len(vectors_ND)), np.zeros(len(vectors_ND), dtype=np.int64)
-        for rows in _blocks(len(vectors_ND), len(self._index_RD)):
+        for rows in chunks(len(vectors_ND), len(self._index_RD)):
             cosine = vectors_ND[rows] @ self._index_RD.T
             row[rows] = cosine.argmax(axis=1)
             likeness[rows] = cosine[np.arange(len(cosine)), row[rows]]
@@ -102,7 +102,7 @@ class Embeddings:
     def nearest_images(self, vectors_ND: NDArray[np.float32]) -> Floats:
         """How alike the image that is most alike to each training scan is to it, [R]; -inf without images."""
         best = np.full(len(self._index_RD), -math.inf)
-        for rows in _blocks(len(vectors_ND), len(self._index_RD)):
+        for rows in chunks(len(vectors_ND), len(self._index_RD)):
             best = np.maximum(best, (vectors_ND[rows] @ self._index_RD.T).max(axis=0))
         return np.asarray(best.reshape(-1, self._scans).max(axis=0), dtype=np.float64)
 
@@ -115,7 +115,7 @@ class Embeddings:
         same, other = np.full(self._scans, -math.inf), np.full(self._scans, -math.inf)
         views = len(self._index_RD) // self._scans
         owners = np.tile(patient, views)
-        for rows in _blocks(self._scans, len(self._index_RD)):
+        for rows in chunks(self._scans, len(self._index_RD)):
             places = np.arange(self._scans)[rows]
             cosine = (self._index_RD[rows] @ self._index_RD.T).astype(np.float64)
             for view in range(views):
@@ -194,7 +194,7 @@ class _Flat:
 
     def distances(self, images_NSS: Squares) -> Iterator[Floats]:
         """Root mean square differences [n, R] of a block of images after the other."""
-        for rows in _blocks(len(images_NSS), max(len(self._rows), self._rows.shape[1])):
+        for rows in chunks(len(images_NSS), max(len(self._rows), self._rows.shape[1])):
             part = images_NSS[rows].reshape(-1, self._rows.shape[1])
             squares = np.einsum("np,np->n", part, part, dtype=np.float64)
             product = (part @ self._rows.T).astype(np.float64)
@@ -211,12 +211,6 @@ def _joined(parts: Sequence[tuple[Floats, NDArray[np.int64]]], sign: float) -> F
     if not parts:
         return Found(np.zeros(0), np.zeros(0, dtype=np.int64))
     return Found(sign * np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
-
-
-def _blocks(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_VALUES // max(1, width))
-    for start in range(0, rows, step):
-        yield slice(start, min(rows, start + step))
 
 
 # --- thresholds -----------------------------------------------------------------------------------------------
@@ -292,7 +286,7 @@ class Recall:
     """How many planted copies of one kind are found."""
 
     plant: str
-    strength: str
+    strength: Strength
     recall: Estimate
     """Share that lies above the threshold, by patients."""
     traced: float
@@ -329,7 +323,6 @@ class CopyRates:
     """How many images count as copies, beside scans of patients that nobody trained on."""
 
     synthetic: Estimate
-    synthetic_images: int
     copies: int
     copied_scans: int
     """Training scans that the copies are nearest to."""
@@ -349,7 +342,7 @@ def copy_rates(threshold: Threshold, synthetic: Found, held_out: Found, held_out
     copies = synthetic.likeness_N > threshold.tau
     false = held_out.likeness_N > threshold.tau
     return CopyRates(
-        synthetic=share(int(copies.sum()), len(copies)), synthetic_images=len(copies), copies=int(copies.sum()),
+        synthetic=share(int(copies.sum()), len(copies)), copies=int(copies.sum()),
         copied_scans=len(np.unique(synthetic.row_N[copies])), held_out=clustered_share(false, held_out_patients),
         held_out_scans=len(false), held_out_copies=int(false.sum()),
     )  # fmt: skip

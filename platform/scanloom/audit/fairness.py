@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scanloom.attributes import Attributes
-from scanloom.audit.fidelity import Compared, Embedded, Figure, fidelity
+from scanloom.audit.fidelity import Embedded, Figure, fidelity
 from scanloom.audit.groups import EVERYONE, LEAST_IMAGES, Cell, Grouping, difference, widest_gap, within
 from scanloom.audit.intervals import Estimate, clustered_share, mean_over
 from scanloom.audit.report import Beside, Gap, Interval, Reading, Subgroup
 from scanloom.models.probe_card import Output, ProbeCard
+from scanloom.training.calibration import Z
 
 Floats = NDArray[np.float64]
 COMPOSITION = "share of images"
@@ -130,7 +131,7 @@ def _excess(difference_N: Floats, owners_N: NDArray[np.int64], share: bool = Tru
         return Interval(value=value, low=None, high=None)
     # Where no image differs another may: the spread that one would make.
     spread = max(float((totals**2).sum()), float(share)) * len(totals) / (len(totals) - 1)
-    half = 1.959964 * math.sqrt(spread) / len(difference_N)
+    half = Z * math.sqrt(spread) / len(difference_N)
     return Interval(value=value, low=value - half, high=value + half)
 
 
@@ -186,14 +187,10 @@ def subgroups(
         told = fidelity(parts[0], parts[1], parts[2], figures=FIGURES) if enough else {}
         found.append(Subgroup(
             cell=cell.name, images=len(parts[0]), held_out_scans=len(parts[2]),
-            figures={name: _beside(one) for name, one in told.items()},
+            figures={name: Beside.of(one) for name, one in told.items()},
             small=min(len(parts[0]), len(parts[1]), patients) < LEAST_IMAGES,
         ))  # fmt: skip
     return tuple(found)
-
-
-def _beside(one: Compared) -> Beside:
-    return Beside(synthetic=Interval.of(one.synthetic), baseline=Interval.of(one.baseline), images=one.images)
 
 
 # --- gaps -----------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def _kernel_sums(one: Embedded) -> tuple[Floats, Floats]:
     _, group_N = np.unique(np.asarray(one.groups), return_inverse=True)
     rows_N = np.zeros(len(vectors))
     same_N = np.zeros(len(vectors))
-    for rows in _chunks(len(vectors), len(vectors)):
+    for rows in chunks(len(vectors), len(vectors)):
         kernel = _kernel(vectors[rows], vectors)
         kernel[np.arange(len(kernel)), np.arange(len(vectors))[rows]] = 0.0
         rows_N[rows] = kernel.sum(axis=1)
@@ -186,7 +186,7 @@ def _kernel_sums(one: Embedded) -> tuple[Floats, Floats]:
 def _cross_sums(first_ND: NDArray[Any], second_MD: NDArray[Any]) -> tuple[Floats, Floats]:
     first, second = np.asarray(first_ND, np.float64), np.asarray(second_MD, np.float64)
     over_second, over_first = np.zeros(len(first)), np.zeros(len(second))
-    for rows in _chunks(len(first), len(second)):
+    for rows in chunks(len(first), len(second)):
         kernel = _kernel(first[rows], second)
         over_second[rows] = kernel.sum(axis=1)
         over_first += kernel.sum(axis=0)
@@ -264,12 +264,13 @@ def squared_distances(first_ND: NDArray[Any], second_MD: NDArray[Any]) -> Iterat
     centre = second.mean(axis=0)
     second = second - centre
     lengths = (second**2).sum(axis=1)
-    for rows in _chunks(len(first_ND), len(second)):
+    for rows in chunks(len(first_ND), len(second)):
         part = np.asarray(first_ND[rows], dtype=np.float64) - centre
         yield rows, np.clip((part**2).sum(axis=1)[:, None] + lengths[None, :] - 2.0 * part @ second.T, 0.0, None)
 
 
-def _chunks(rows: int, width: int) -> Iterator[slice]:
+def chunks(rows: int, width: int) -> Iterator[slice]:
+    """The rows in turn, so many at a time that a matrix of them by `width` stays small."""
     step = max(1, _BLOCK_VALUES // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from scanloom.artefact import Artefact, open_artefact
-from scanloom.audit.fidelity import Compared, Embedded, fidelity
+from scanloom.audit.fidelity import Embedded, fidelity
 from scanloom.audit.intervals import Estimate
 from scanloom.audit.radiomics import Radiomics
 from scanloom.audit.report import Beside, GivenFidelity, Interval
@@ -104,12 +104,8 @@ def _told(looker: Looker, seen: tuple[Embedded, Embedded, Embedded], where: str)
     except ValueError as error:
         raise ArtefactError(f"{where}: too few images or patients for {looker.name} to compare: {error}") from error
     return GivenFidelity(
-        backbone=looker.name, digest=looker.digest, figures={name: _beside(one) for name, one in figures.items()}
+        backbone=looker.name, digest=looker.digest, figures={name: Beside.of(one) for name, one in figures.items()}
     )
-
-
-def _beside(one: Compared) -> Beside:
-    return Beside(synthetic=Interval.of(one.synthetic), baseline=Interval.of(one.baseline), images=one.images)
 
 
 def _logarithm(distance: Beside) -> Beside:

@@ -42,9 +42,9 @@ from scanloom.audit.copies import (
     reproduced,
 )
 from scanloom.audit.fairness import Group, gaps, readings, subgroups
-from scanloom.audit.fidelity import Embedded, fidelity
+from scanloom.audit.fidelity import Compared, Embedded, fidelity
 from scanloom.audit.groups import Grouping
-from scanloom.audit.intervals import Estimate, clustered_share, share
+from scanloom.audit.intervals import clustered_share, share
 from scanloom.audit.page import page
 from scanloom.audit.plants import SLIGHT, STRONG
 from scanloom.audit.report import (
@@ -330,9 +330,8 @@ def _copies(
 
 
 def _recall(found: Recall) -> PlantedRecall:
-    strength: Any = found.strength
     return PlantedRecall(
-        plant=found.plant, strength=strength, recall=Interval.of(found.recall), traced=found.traced,
+        plant=found.plant, strength=found.strength, recall=Interval.of(found.recall), traced=found.traced,
         copies=found.copies,
     )  # fmt: skip
 
@@ -364,15 +363,15 @@ def _fidelity(images: Seen, train: Seen, check: Seen) -> dict[str, Beside] | Non
         told = fidelity(images.embedded, train.embedded, check.embedded)
     except ValueError:
         return None
-    return {name: _beside(one.synthetic, one.baseline, one.images) for name, one in told.items()}
+    return {name: Beside.of(one) for name, one in told.items()}
 
 
 def _appearance(images: Seen, train: Seen, check: Seen) -> dict[str, Beside]:
     spectra = [spectral_distance(one.curves(one.spectra_NK), check.curves(check.spectra_NK)) for one in (images, train)]
     levels = [level_distance(one.curves(one.levels_NL), check.curves(check.levels_NL)) for one in (images, train)]
     told = {
-        "spectrum (dB)": _beside(spectra[0], spectra[1], len(images)),
-        "grey levels (share of range)": _beside(levels[0], levels[1], len(images)),
+        "spectrum (dB)": Beside.of(Compared(*spectra, len(images))),
+        "grey levels (share of range)": Beside.of(Compared(*levels, len(images))),
     }
     for name, by_cell in (("MS-SSIM of any two", False), ("MS-SSIM of two of a cell", True)):
         alike = []
@@ -382,7 +381,7 @@ def _appearance(images: Seen, train: Seen, check: Seen) -> dict[str, Beside]:
             pairs = pairs_within(cells, owners, _LIKENESS_PAIRS)
             alike.append(likeness(one.sample_MSS, pairs) if len(pairs) else None)
         if alike[0] is not None and alike[1] is not None:
-            told[name] = _beside(alike[0], alike[1], len(images.sample))
+            told[name] = Beside.of(Compared(alike[0], alike[1], len(images.sample)))
     return told
 
 
@@ -421,10 +420,6 @@ def _contents(dataset: Mapping[str, Any], corpus: Mapping[str, Any], asked: Sequ
 
 def _floats(values_N: NDArray[np.floating[Any]]) -> tuple[float, ...]:
     return tuple(float(value) for value in values_N)
-
-
-def _beside(synthetic: Estimate, baseline: Estimate, images: int) -> Beside:
-    return Beside(synthetic=Interval.of(synthetic), baseline=Interval.of(baseline), images=images)
 
 
 def _pairs(job: AuditJob, corpus: Artefact, dataset: Artefact, found: Found) -> bytes:

@@ -258,9 +258,8 @@ def _attacked(generator: Generator, corpus: Artefact, splits: Sequence[str], mos
         for batch in in_batches(spread(corpus, split, most), _BATCH):
             latents = generator.encode(torch.from_numpy(np.stack([_pixels(generator, row, split) for row in batch])))
             told = {"condition": generator.condition([generator.schema.from_row(row) for row in batch])}
-            place: Any = {"device": generator.device}
-            losses_.append(losses(denoise, generator.schedule, latents, told, seed=seed, **place))
-            steps.append(step_errors(denoise, generator.schedule, latents, told, **place))
+            losses_.append(losses(denoise, generator.schedule, latents, told, seed=seed, device=generator.device))
+            steps.append(step_errors(denoise, generator.schedule, latents, told, device=generator.device))
             patients += [row["patient"] for row in batch]
     return _Attacked(np.concatenate(losses_), np.concatenate(steps), patients)
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from scanloom.audit.fidelity import Compared
 from scanloom.audit.intervals import Estimate
 from scanloom.errors import ArtefactError
 from scanloom.models.gate_card import Calibration, Record
@@ -33,10 +34,10 @@ class Interval(Record):
     @classmethod
     def of(cls, estimate: Estimate) -> Interval:
         """Without what JSON cannot hold."""
-        told = (estimate.value, estimate.low, estimate.high)
-        return cls(
-            **dict(zip(("value", "low", "high"), (v if abs(v) < float("inf") else None for v in told), strict=True))
+        value, low, high = (
+            end if math.isfinite(end) else None for end in (estimate.value, estimate.low, estimate.high)
         )
+        return cls(value=value, low=low, high=high)
 
     def __str__(self) -> str:
         if self.value is None:
@@ -123,6 +124,11 @@ class Beside(Record):
     synthetic: Interval
     baseline: Interval
     images: int
+
+    @classmethod
+    def of(cls, one: Compared) -> Beside:
+        """Without what JSON cannot hold."""
+        return cls(synthetic=Interval.of(one.synthetic), baseline=Interval.of(one.baseline), images=one.images)
 
 
 class Reading(Record):
