@@ -120,11 +120,14 @@ class _Base:
     """The base generator, and the images that a program made with it last, by index."""
 
     def __init__(self, slots: int, solver: Any = "dpmpp-2m", clock: Callable[[], float] = time.process_time) -> None:
-        import torch
 
+        from scanloom.heap import keep_freed_memory
         from scanloom.models.generator import load_generator
+        from scanloom.sampling.production import fix_arithmetic
 
-        torch.set_num_threads(1)
+        # As in the job's and the service's processes; both programs of a comparison run in this one.
+        fix_arithmetic(1)
+        keep_freed_memory()
         self._generator = load_generator("embedded://base")
         self._slots, self._solver, self._clock = slots, solver, clock
         self.images = np.zeros(0)

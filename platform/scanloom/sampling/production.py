@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from scanloom.errors import ArtefactError
+from scanloom.heap import keep_freed_memory
 from scanloom.models.attribute_probe import Probe, load_probe
 from scanloom.models.generator import load_generator
 from scanloom.models.privacy_gate import PrivacyGate, load_gate
@@ -58,6 +59,7 @@ class ShardEngine:
         gate_uri: str | None = None,
     ) -> None:  # fmt: skip
         fix_arithmetic(threads)
+        keep_freed_memory()
         generator = load_generator(generator_uri, device, precision=spec.precision, compiled=spec.compiled)
         _require_planned("generator", generator_uri, generator.digest, spec.generator)
         self._spec = spec

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from scanloom.heap import keep_freed_memory
 from scanloom.models.attribute_probe import load_probe
 from scanloom.models.generator import Precision, load_generator
 from scanloom.models.privacy_gate import load_gate
@@ -91,6 +92,7 @@ def open_workbench(
     Raises ArtefactError where one is missing, damaged or does not fit the other; StoreError where it cannot be read.
     """
     fix_arithmetic(threads)
+    keep_freed_memory()
     quality = quality or Quality()
     inputs = open_inputs(uri, quality)
     generator = load_generator(uri, device, precision=precision, compiled=compiled)

@@ -1,0 +1,25 @@
+"""How the C library's allocator treats the memory that a network, or a codec, takes and gives back at every call."""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt(3), as numbered in malloc.h."""
+_KEPT_BYTES = 2**31 - 1
+_MOST_FROM_HEAP_BYTES = 32 << 20
+"""Larger blocks always come from the kernel: glibc allows no higher limit on 64 bits (DEFAULT_MMAP_THRESHOLD_MAX)."""
+
+
+def keep_freed_memory() -> bool:
+    """Have this process's malloc keep what is freed for the next call; whether it could be told (glibc alone can).
+
+    By default glibc takes blocks of 128 KiB and more from the kernel and gives them back, as it does the free end of
+    its heap, and the kernel fills every page with zeros before it is used again. A network's activations are
+    hundreds of such blocks a call: a process pays for them again and again, or not, by what sizes it happened to free
+    before, for each of which glibc raises its limits. The price is that the process stays as large as it once was.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(
+        mallopt(_MMAP_THRESHOLD, _MOST_FROM_HEAP_BYTES) and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+    )
