@@ -22,7 +22,7 @@ from scanloom.audit.fidelity import Embedded, Figure, fidelity
 from scanloom.audit.groups import EVERYONE, LEAST_IMAGES, Cell, Grouping, difference, widest_gap, within
 from scanloom.audit.intervals import Estimate, clustered_share, mean_over
 from scanloom.audit.report import Beside, Gap, Interval, Reading, Subgroup
-from scanloom.models.probe_card import Output, ProbeCard
+from scanloom.models.probe_card import Output, ProbeCard, said_by
 from scanloom.training.calibration import Z
 
 Floats = NDArray[np.float64]
@@ -53,7 +53,7 @@ class _Told:
     def __init__(self, card: ProbeCard, grouping: Grouping, group: Group) -> None:
         self.owners_N = np.unique(np.asarray(group.owners, dtype=str), return_inverse=True)[1]
         self.codes_NA = grouping.codes(group.attributes)
-        self.wanted_NO = _known(card.outputs, group.attributes)
+        self.wanted_NO = said_by(card.outputs, group.attributes)
         share = np.array([output.value is not None for output in card.outputs])
         read = np.asarray(group.read_NO, dtype=np.float64).reshape(len(group.attributes), len(card.outputs))
         self.read_NO = np.where(share, read >= 0.5, read)
@@ -133,19 +133,6 @@ def _excess(difference_N: Floats, owners_N: NDArray[np.int64], share: bool = Tru
     spread = max(float((totals**2).sum()), float(share)) * len(totals) / (len(totals) - 1)
     half = Z * math.sqrt(spread) / len(difference_N)
     return Interval(value=value, low=value - half, high=value + half)
-
-
-def _known(outputs: Sequence[Output], rows: Sequence[Attributes]) -> Floats:
-    """What rows show, float64 [N, O]: 0 or 1, numbers as they are; NaN where it is not known."""
-    known = np.full((len(rows), len(outputs)), math.nan)
-    for number, row in enumerate(rows):
-        for column, output in enumerate(outputs):
-            value = row.get(output.attribute)
-            if isinstance(value, float):
-                known[number, column] = value
-            elif value is not None:
-                known[number, column] = output.value in value if isinstance(value, tuple) else output.value == value
-    return known
 
 
 def _read_codes(card: ProbeCard, grouping: Grouping, read_NO: Floats) -> NDArray[np.int64]:

@@ -29,7 +29,7 @@ from scanloom.audit.verdicts import MEAN
 from scanloom.errors import ArtefactError, RecipeError
 from scanloom.models.backbone import Backbone, load_backbone
 from scanloom.models.classifier import DEFAULT, ON_VECTORS
-from scanloom.models.probe_card import Output, outputs_of
+from scanloom.models.probe_card import Output, outputs_of, said_by
 from scanloom.recipe import LabelsAttribute, nearest
 from scanloom.recipe_audit import ARMS, Arm, Audit, UtilityStudy
 from scanloom.sampling.dataset import IMAGES
@@ -96,8 +96,7 @@ def read_material(config: Mapping[str, Any]) -> Material:
     labels = [output for output in outputs if output.name not in left_out]
 
     def part(of: _Read) -> Part:
-        return Part(of.inputs_NX, np.stack([_shown(label, of.rows) for label in labels], 1) if labels else
-                    np.zeros((len(of.rows), 0), np.float32))  # fmt: skip
+        return Part(of.inputs_NX, said_by(labels, of.rows).astype(np.float32))
 
     return Material(
         schema=schema, labels=tuple(label.name for label in labels), train=part(train), synthetic=part(made),
@@ -138,28 +137,16 @@ def _left_out(outputs: Sequence[Output], train: _Read, made: _Read, held_out: _R
     """Labels that too few of those tested, or of those learned from, have or have not, each with the reason."""
     found: dict[str, str] = {}
     for output in outputs:
-        tested = _shown(output, held_out.rows)
+        tested = said_by([output], held_out.rows)[:, 0]
         for said, count in (("have it", tested == 1), ("have it not", tested == 0)):
             patients = len({held_out.patients[place] for place in np.flatnonzero(count)})
             if patients < least:
                 found.setdefault(output.name, f"{patients} held-out patients {said}; needs {least}")
         for part, what in ((train, "train scans"), (made, "synthetic images")):
-            told = _shown(output, part.rows)
+            told = said_by([output], part.rows)
             if not (told == 1).any() or not (told == 0).any():
                 found.setdefault(output.name, f"the {what} have it everywhere or nowhere")
     return found
-
-
-def _shown(output: Output, rows: Sequence[Attributes]) -> NDArray[np.float32]:
-    """Whether rows show it, float32 [N]: 0 or 1; NaN where it is not known."""
-    values = [row.get(output.attribute) for row in rows]
-    told = [
-        math.nan
-        if value is None
-        else float(output.value in value if isinstance(value, tuple) else output.value == value)
-        for value in values
-    ]
-    return np.array(told, dtype=np.float32)
 
 
 # --- what it shows --------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch.nn import functional
 from scanloom.artefact import open_artefact
 from scanloom.attributes import Attributes, AttributeSchema
 from scanloom.errors import ArtefactError
-from scanloom.models.probe_card import CARD, WEIGHTS, ProbeCard, outputs_of
+from scanloom.models.probe_card import CARD, WEIGHTS, ProbeCard, outputs_of, said_by
 from scanloom.recipe import CategoryAttribute, NumberAttribute
 from scanloom.shards.reader import read_file
 
@@ -107,16 +107,12 @@ def targets(
 ) -> NDArray[np.float32]:
     """What the network should say of these rows, float32 [N, O]: 0 or 1, numbers in their scale, NaN for unknown."""
     outputs = outputs_of(schema)
-    wanted = np.full((len(rows), len(outputs)), np.nan, dtype=np.float32)
-    for row, attributes in enumerate(rows):
-        for column, output in enumerate(outputs):
-            value = attributes[output.attribute]
-            if isinstance(value, float):
-                mean, deviation = scales[output.attribute]
-                wanted[row, column] = (value - mean) / deviation
-            elif value is not None:
-                wanted[row, column] = output.value in value if isinstance(value, tuple) else output.value == value
-    return wanted
+    wanted = said_by(outputs, rows)
+    for column, output in enumerate(outputs):
+        if output.value is None:
+            mean, deviation = scales[output.attribute]
+            wanted[:, column] = (wanted[:, column] - mean) / deviation
+    return wanted.astype(np.float32)
 
 
 def probe_loss(schema: AttributeSchema, raw_BO: Tensor, targets_BO: Tensor) -> Tensor:

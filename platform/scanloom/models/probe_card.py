@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -32,6 +33,13 @@ class Output(_Record):
     @cached_property
     def name(self) -> str:
         return self.attribute if self.value is None else f"{self.attribute}={self.value}"
+
+    def said_by(self, attributes: Attributes) -> float:
+        """What they say of it: 0 or 1 of a value or label, a number as it is; NaN where it is not known."""
+        value = attributes.get(self.attribute)
+        if value is None or isinstance(value, float):
+            return math.nan if value is None else value
+        return float(self.value in value if isinstance(value, tuple) else self.value == value)
 
 
 class Reading(_Record):
@@ -145,3 +153,9 @@ def outputs_of(schema: AttributeSchema) -> tuple[Output, ...]:
         values: Sequence[str | None] = (None,) if isinstance(declaration, NumberAttribute) else declaration.values
         outputs += [Output(attribute=declaration.name, value=value) for value in values]
     return tuple(outputs)
+
+
+def said_by(outputs: Sequence[Output], rows: Sequence[Attributes]) -> NDArray[np.float64]:
+    """What rows say of each output, float64 [N, O]; NaN where it is not known."""
+    said = [[output.said_by(row) for output in outputs] for row in rows]
+    return np.array(said, dtype=np.float64).reshape(len(rows), len(outputs))
