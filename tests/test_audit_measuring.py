@@ -9,8 +9,9 @@ import pytest
 from safetensors.torch import save
 
 from scanloom.artefact import Artefact, open_artefact, publish
-from scanloom.audit.measuring import ENCODER, AuditJob, make_audit, see, write_report
+from scanloom.audit.measuring import ENCODER, AuditJob, make_audit, write_report
 from scanloom.audit.report import PAGE, REPORT, Report, read_report
+from scanloom.audit.seen import see
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import ProbeNetwork
 from scanloom.models.copy_encoder import CopyEncoder, weights_of

@@ -1,14 +1,9 @@
-"""From a dataset and the corpus behind it to an audit's files: read once in pieces, embedded, compared, told.
-
-What is kept of an image is its embedding, its spectrum and its grey levels; pixels only of samples. So memory grows by
-about 2 KB an image, whatever its size.
-"""
+"""From a dataset and the corpus behind it to an audit's files: read once in pieces, embedded, compared, told."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -19,13 +14,9 @@ from pydantic import BaseModel, ConfigDict
 from scanloom.artefact import Artefact, FileEntry, find_artefact, open_artefact
 from scanloom.attributes import Attributes, AttributeSchema, Envelope, describe
 from scanloom.audit.appearance import (
-    LEVELS,
-    Curves,
-    grey_levels,
     level_distance,
     likeness,
     pairs_within,
-    radial_power,
     spectral_distance,
 )
 from scanloom.audit.contact_sheet import SheetRow, Tile, contact_sheet
@@ -65,22 +56,17 @@ from scanloom.audit.report import (
     Subject,
 )
 from scanloom.audit.scans import (
-    Row,
     calibration_and_check,
     count,
-    in_batches,
-    owner_of,
-    pixels_of,
     spread,
-    spread_count,
     square,
-    squares,
 )
 from scanloom.audit.scorecard import scorecard
+from scanloom.audit.seen import TRAIN, Embed, Seen, see
 from scanloom.errors import ArtefactError
 from scanloom.models.attribute_probe import Probe, load_probe
-from scanloom.models.copy_encoder import EMBED_ROWS, embedding, kept_views, levels, load_copy_encoder
-from scanloom.recipe_audit import Audit
+from scanloom.models.copy_encoder import embedding, levels, load_copy_encoder
+from scanloom.recipe_audit import Audit, CopyDetection
 from scanloom.recipe_train import Canaries as CanariesSection
 from scanloom.sampling.dataset import IMAGES, INFEASIBLE
 from scanloom.store import Store
@@ -88,13 +74,9 @@ from scanloom.training.views import times_trained
 
 ENCODER = "copies/encoder.safetensors"
 PAIRS = f"{PRIVATE}/pairs.png"
-TRAIN = "train"
-_SAMPLE = 512
 _LIKENESS_PAIRS = 200
 _SHOWN, _COLUMNS = 24, 8
 _TILE_PX = 96
-
-Embed = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class AuditJob(BaseModel):
@@ -137,153 +119,98 @@ class Measured(BaseModel):
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What is kept of some images, in the order of their ids."""
+class _Sets:
+    """The scans and images that are held against each other."""
 
-    views_NVD: NDArray[np.float32]
-    """Embeddings of training scans as they are and in the other views that they are looked up by; of others V is 1."""
-    spectra_NK: NDArray[np.float64]
-    levels_NL: NDArray[np.float64]
-    ids: list[str]
-    owners: list[str]
-    """Patients; of synthetic images their own ids."""
-    attributes: list[Attributes]
-    sample_MSS: NDArray[np.float32]
-    sample: list[int]
-    """Which of the images the sample's are."""
-    read_NO: NDArray[np.float32]
-    """What a probe reads; no columns without one."""
-
-    def __len__(self) -> int:
-        return len(self.owners)
+    train: Seen
+    calibration: Seen
+    """Held-out scans that the threshold follows from."""
+    check: Seen
+    """Scans of other held-out patients."""
+    images: Seen
 
     @property
-    def vectors(self) -> NDArray[np.float32]:
-        """Embeddings [N, D] of images as they are."""
-        return self.views_NVD[:, 0]
+    def held_out_owners(self) -> list[str]:
+        """Of all held-out scans, those of the threshold first."""
+        return [*self.calibration.owners, *self.check.owners]
 
     @property
-    def embedded(self) -> Embedded:
-        return Embedded.of(self.vectors, self.owners)
-
-    def curves(self, rows_NK: NDArray[np.float64]) -> Curves:
-        return Curves(rows_NK, self.owners)
-
-    def of(self, chosen: NDArray[np.bool_]) -> Seen:
-        """The part of it that is chosen."""
-        places = np.flatnonzero(chosen).tolist()
-        number = {place: number for number, place in enumerate(places)}
-        kept = [place in number for place in self.sample]
-        return Seen(
-            self.views_NVD[chosen], self.spectra_NK[chosen], self.levels_NL[chosen],
-            [self.ids[place] for place in places], [self.owners[place] for place in places],
-            [self.attributes[place] for place in places],
-            self.sample_MSS[kept], [number[place] for place in self.sample if place in number],
-            self.read_NO[chosen],
-        )  # fmt: skip
+    def held_out_attributes(self) -> list[Attributes]:
+        return [*self.calibration.attributes, *self.check.attributes]
 
 
-def see(
-    artefact: Artefact, folder: str, schema: AttributeSchema, embed: Embed, size_px: int, most: int,
-    probe: Probe | None = None, sample: int = _SAMPLE,
-) -> Seen:  # fmt: skip
-    """At most `most` images of an artefact's folder, spread over all of it; ArtefactError for a damaged shard."""
-    kept_every = max(1, math.ceil(spread_count(artefact, folder, most) / sample))
-    parts: list[list[Any]] = [[], [], []]
-    ids: list[str] = []
-    owners: list[str] = []
-    attributes: list[Attributes] = []
-    kept: list[NDArray[np.float32]] = []
-    places: list[int] = []
-    told: list[NDArray[np.float32]] = []
-    for batch in in_batches(spread(artefact, folder, most), EMBED_ROWS):
-        shown = squares(batch, folder, size_px)
-        views = np.stack([embed(view) for view in (kept_views(shown) if folder == TRAIN else [shown])], axis=1)
-        for part, value in zip(parts, (views, radial_power(shown), grey_levels(shown)), strict=True):
-            part.append(value)
-        told.append(_read(probe, batch, folder))
-        for row, seen in zip(batch, shown, strict=True):
-            if len(owners) % kept_every == 0:
-                kept.append(seen)
-                places.append(len(owners))
-            ids.append(row["id"])
-            owners.append(owner_of(row, folder))
-            attributes.append(schema.from_row(row))
-    if not owners:
-        empty, unread = np.zeros((0, size_px, size_px), np.float32), np.zeros((0, 0), np.float32)
-        spectra, levels = np.zeros((0, size_px // 2 - 1)), np.zeros((0, LEVELS))
-        return Seen(embed(empty)[:, None], spectra, levels, [], [], [], empty, [], unread)
-    views, spectra, levels = (np.concatenate(part) for part in parts)
-    return Seen(views, spectra, levels, ids, owners, attributes, np.stack(kept), places, np.concatenate(told))
+@dataclass(frozen=True)
+class _Lookup:
+    """The images and the scans of `_Sets.check`, looked up among the training scans."""
+
+    detector: Embeddings
+    threshold: Threshold
+    found: Found
+    """Of the images."""
+    held_out: Found
+
+    @classmethod
+    def of(cls, sets: _Sets, embed: Embed, asked: float) -> Self:
+        detector = Embeddings(embed, list(sets.train.views_NVD.swapaxes(0, 1)))
+        calibration = detector.look_up(sets.calibration.vectors).likeness_N
+        threshold = calibrate(calibration, sets.calibration.owners, asked, detector.scale)
+        return cls(detector, threshold, detector.look_up(sets.images.vectors), detector.look_up(sets.check.vectors))
 
 
 def make_audit(config: Mapping[str, Any]) -> Measured:
     """Measure a dataset beside its corpus. `config` is an AuditJob as a dict.
 
     The encoder lies at ENCODER in the audit's folder already. ArtefactError where the corpus has too few held-out
-    patients to calibrate and to check.
+    patients to calibrate and to check, or the dataset holds no images.
     """
-    job = AuditJob.model_validate(config)
     started = time.monotonic()
+    job = AuditJob.model_validate(config)
     corpus, dataset = open_artefact(job.corpus_uri, "corpus"), open_artefact(job.dataset_uri, "dataset")
     target = Store(job.audit_uri)
+    probe = None if job.probe_uri is None else load_probe(job.probe_uri)
     network = load_copy_encoder(target.read(ENCODER), job.channels, job.settings.copies.width, target.uri_of(ENCODER))
     embed = embedding(network)
-    schema = AttributeSchema.model_validate(corpus.manifest.statistics["schema"])
-    asked = AttributeSchema.model_validate(dataset.manifest.statistics["spec"]["attributes"])
+    sets = _looked_at(job, corpus, dataset, embed, probe)
+    lookup = _Lookup.of(sets, embed, job.settings.copies.false_positive_share)
+    grouping = Grouping.of(_schema(corpus), sets.train.attributes, job.settings.fairness.groups)
+    fairness = None if probe is None else _fairness(probe, grouping, sets)
+    alike = _subgroups(grouping, sets)
+    statistics = dataset.manifest.statistics
+    report = Report(
+        subject=Subject(
+            name=dataset.manifest.name, dataset=dataset.digest, corpus=corpus.digest, images=statistics["rows"],
+            looked_at=len(sets.images),
+        ),
+        copies=_copies(job.settings.copies, sets, lookup, count(corpus, TRAIN), _canaries_of(dataset)),
+        fidelity=_fidelity(sets), appearance=_appearance(sets), fairness=fairness, subgroups=alike,
+        gaps=gaps(grouping, fairness or (), alike),
+        contents=_contents(statistics, corpus.manifest.statistics, sets.images.attributes),
+        probe=None if probe is None else probe.digest, seconds=time.monotonic() - started,
+    )  # fmt: skip
+    pairs = _pairs(job, corpus, dataset, lookup.found)
+    target.write(PAIRS, pairs)
+    files = (FileEntry.of(target.digest(ENCODER)), FileEntry.of_bytes(PAIRS, pairs))
+    sheet = _sheet(dataset.manifest.name, sets.images)
+    return Measured(report=report, likenesses=_likenesses(sets, lookup), sheet_png=sheet, files=files)
 
-    probe = None if job.probe_uri is None else load_probe(job.probe_uri)
+
+def _looked_at(job: AuditJob, corpus: Artefact, dataset: Artefact, embed: Embed, probe: Probe | None) -> _Sets:
+    schema, most = _schema(corpus), job.settings.copies.max_scans
 
     def real(split: str) -> Seen:
-        reader = None if split == "train" else probe
-        return see(corpus, split, schema, embed, job.size_px, job.settings.copies.max_scans, reader)
+        # Nothing is compared with what a probe reads of the scans that it learned from.
+        return see(corpus, split, schema, embed, job.size_px, most, None if split == TRAIN else probe)
 
-    train = real("train")
-    calibration, check = calibration_and_check(corpus, real)
+    train, (calibration, check) = real(TRAIN), calibration_and_check(corpus, real)
+    asked = AttributeSchema.model_validate(dataset.manifest.statistics["spec"]["attributes"])
     images = see(dataset, IMAGES, asked, embed, job.size_px, job.settings.images, probe)
     if not len(images):
         raise ArtefactError(f"{dataset.uri}: holds no images to audit")
-    detector = Embeddings(embed, list(train.views_NVD.swapaxes(0, 1)))
-    threshold = calibrate(
-        detector.look_up(calibration.vectors).likeness_N, calibration.owners,
-        job.settings.copies.false_positive_share, detector.scale,
-    )  # fmt: skip
-    found, held_out = detector.look_up(images.vectors), detector.look_up(check.vectors)
-    copies = _copies(
-        job, detector, threshold, train, calibration, check, images, found, held_out, count(corpus, "train")
-    )
-    if canaries := _canaries_of(dataset):
-        times = [times_trained(canaries, name) for name in train.ids]
-        repeated = reproduced(detector, threshold, images.vectors, times)
-        copies = copies.model_copy(update={"canaries": tuple(Canaries(**asdict(one)) for one in repeated)})
-    grouping = Grouping.of(schema, train.attributes, job.settings.fairness.groups)
-    fairness = None if probe is None else _fairness(probe, grouping, images, calibration, check)
-    alike = _subgroups(grouping, images, train, calibration, check)
-    report = Report(
-        subject=Subject(
-            name=dataset.manifest.name, dataset=dataset.digest, corpus=corpus.digest,
-            images=dataset.manifest.statistics["rows"], looked_at=len(images),
-        ),
-        copies=copies, fidelity=_fidelity(images, train, check), appearance=_appearance(images, train, check),
-        fairness=fairness, subgroups=alike, gaps=gaps(grouping, fairness or (), alike),
-        contents=_contents(dataset.manifest.statistics, corpus.manifest.statistics, images.attributes),
-        probe=None if probe is None else probe.digest,
-        seconds=time.monotonic() - started,
-    )  # fmt: skip
-    planted = detector(SLIGHT[-1].change(train.sample_MSS)).likeness_N
-    sheet = contact_sheet(
-        f"{dataset.manifest.name}: synthetic images",
-        _rows([_tile(images, place) for place in range(min(_SHOWN, len(images.sample)))]),
-        tile_px=_TILE_PX,
-    )
-    pairs = _pairs(job, corpus, dataset, found)
-    target.write(PAIRS, pairs)
-    likenesses = Likenesses(
-        tau=threshold.tau, held_out=_floats(held_out.likeness_N), synthetic=_floats(found.likeness_N),
-        planted=_floats(planted),
-    )  # fmt: skip
-    files = (FileEntry.of(target.digest(ENCODER)), FileEntry.of_bytes(PAIRS, pairs))
-    return Measured(report=report, likenesses=likenesses, sheet_png=sheet, files=files)
+    return _Sets(train, calibration, check, images)
+
+
+def _schema(corpus: Artefact) -> AttributeSchema:
+    return AttributeSchema.model_validate(corpus.manifest.statistics["schema"])
 
 
 def write_report(measured: Measured, report: Report, target: Store) -> list[FileEntry]:
@@ -307,15 +234,14 @@ def _canaries_of(dataset: Artefact) -> CanariesSection | None:
 
 
 def _copies(
-    job: AuditJob, detector: Embeddings, threshold: Threshold, train: Seen, calibration: Seen, check: Seen,
-    images: Seen, found: Found, held_out: Found, scans: int,
-) -> Copies:  # fmt: skip
-    settings = job.settings.copies
+    settings: CopyDetection, sets: _Sets, lookup: _Lookup, scans: int, canaries: CanariesSection | None
+) -> Copies:
+    train, detector, threshold = sets.train, lookup.detector, lookup.threshold
     planted = slice(0, settings.planted_scans)
     recalls = power(
         detector, threshold, train.sample_MSS[planted], train.sample[planted], train.owners, (*SLIGHT, *STRONG)
     )
-    rates = copy_rates(threshold, found, held_out, check.owners)
+    rates = copy_rates(threshold, lookup.found, lookup.held_out, sets.check.owners)
     same, other = detector.among_train(train.owners)
     company = np.isfinite(same)
     return Copies(
@@ -325,8 +251,15 @@ def _copies(
         held_out_scans=rates.held_out_scans, excess=rates.excess,
         same_patient_found=float((same[company] > threshold.tau).mean()) if company.any() else None,
         other_patient_found=float((other > threshold.tau).mean()),
-        peers=_peers(train, calibration, check, images, settings.false_positive_share),
+        peers=_peers(sets, settings.false_positive_share),
+        canaries=() if canaries is None else _canaries(canaries, sets, lookup),
     )  # fmt: skip
+
+
+def _canaries(section: CanariesSection, sets: _Sets, lookup: _Lookup) -> tuple[Canaries, ...]:
+    times = [times_trained(section, name) for name in sets.train.ids]
+    told = reproduced(lookup.detector, lookup.threshold, sets.images.vectors, times)
+    return tuple(Canaries(**asdict(one)) for one in told)
 
 
 def _recall(found: Recall) -> PlantedRecall:
@@ -336,9 +269,10 @@ def _recall(found: Recall) -> PlantedRecall:
     )  # fmt: skip
 
 
-def _peers(train: Seen, calibration: Seen, check: Seen, images: Seen, asked: float) -> tuple[Peer, ...]:
+def _peers(sets: _Sets, asked: float) -> tuple[Peer, ...]:
     """What others would have found, on the samples alone: they need pixels."""
     told: list[Peer] = []
+    train, calibration, check, images = sets.train, sets.calibration, sets.check, sets.images
     if not all(one.sample for one in (train, calibration, check, images)):
         return ()
     owners = [train.owners[place] for place in train.sample]
@@ -357,16 +291,17 @@ def _peers(train: Seen, calibration: Seen, check: Seen, images: Seen, asked: flo
     return tuple(told)
 
 
-def _fidelity(images: Seen, train: Seen, check: Seen) -> dict[str, Beside] | None:
+def _fidelity(sets: _Sets) -> dict[str, Beside] | None:
     """None where there are too few images or patients for neighbourhoods."""
     try:
-        told = fidelity(images.embedded, train.embedded, check.embedded)
+        told = fidelity(sets.images.embedded, sets.train.embedded, sets.check.embedded)
     except ValueError:
         return None
     return {name: Beside.of(one) for name, one in told.items()}
 
 
-def _appearance(images: Seen, train: Seen, check: Seen) -> dict[str, Beside]:
+def _appearance(sets: _Sets) -> dict[str, Beside]:
+    images, train, check = sets.images, sets.train, sets.check
     spectra = [spectral_distance(one.curves(one.spectra_NK), check.curves(check.spectra_NK)) for one in (images, train)]
     levels = [level_distance(one.curves(one.levels_NL), check.curves(check.levels_NL)) for one in (images, train)]
     told = {
@@ -385,18 +320,20 @@ def _appearance(images: Seen, train: Seen, check: Seen) -> dict[str, Beside]:
     return told
 
 
-def _fairness(probe: Probe, grouping: Grouping, images: Seen, calibration: Seen, check: Seen) -> tuple[Reading, ...]:
-    held_out = Group(
-        [*calibration.attributes, *check.attributes], [*calibration.owners, *check.owners],
-        np.concatenate([calibration.read_NO, check.read_NO]),
-    )  # fmt: skip
+def _fairness(probe: Probe, grouping: Grouping, sets: _Sets) -> tuple[Reading, ...]:
+    images, read_NO = sets.images, np.concatenate([sets.calibration.read_NO, sets.check.read_NO])
+    held_out = Group(sets.held_out_attributes, sets.held_out_owners, read_NO)
     return readings(probe.card, grouping, Group(images.attributes, images.owners, images.read_NO), held_out)
 
 
-def _subgroups(grouping: Grouping, images: Seen, train: Seen, calibration: Seen, check: Seen) -> tuple[Subgroup, ...]:
-    held_out = Embedded.of(np.concatenate([calibration.vectors, check.vectors]), [*calibration.owners, *check.owners])
-    truth = [*calibration.attributes, *check.attributes]
-    return subgroups(grouping, images.embedded, images.attributes, train.embedded, train.attributes, held_out, truth)
+def _subgroups(grouping: Grouping, sets: _Sets) -> tuple[Subgroup, ...]:
+    images, train = sets.images, sets.train
+    vectors_ND = np.concatenate([sets.calibration.vectors, sets.check.vectors])
+    held_out = Embedded.of(vectors_ND, sets.held_out_owners)
+    return subgroups(
+        grouping, images.embedded, images.attributes, train.embedded, train.attributes, held_out,
+        sets.held_out_attributes,
+    )  # fmt: skip
 
 
 def _contents(dataset: Mapping[str, Any], corpus: Mapping[str, Any], asked: Sequence[Attributes]) -> Contents:
@@ -418,6 +355,14 @@ def _contents(dataset: Mapping[str, Any], corpus: Mapping[str, Any], asked: Sequ
     )  # fmt: skip
 
 
+def _likenesses(sets: _Sets, lookup: _Lookup) -> Likenesses:
+    planted = lookup.detector(SLIGHT[-1].change(sets.train.sample_MSS)).likeness_N
+    return Likenesses(
+        tau=lookup.threshold.tau, held_out=_floats(lookup.held_out.likeness_N),
+        synthetic=_floats(lookup.found.likeness_N), planted=_floats(planted),
+    )  # fmt: skip
+
+
 def _floats(values_N: NDArray[np.floating[Any]]) -> tuple[float, ...]:
     return tuple(float(value) for value in values_N)
 
@@ -426,7 +371,7 @@ def _pairs(job: AuditJob, corpus: Artefact, dataset: Artefact, found: Found) -> 
     """The images most alike to a training scan beside it, as a PNG for those who may see scans."""
     pairs = most_alike(found, job.settings.pairs)
     images = _squares_at(dataset, IMAGES, job.settings.images, [image for image, _, _ in pairs], job.size_px)
-    scans = _squares_at(corpus, "train", job.settings.copies.max_scans, [scan for _, scan, _ in pairs], job.size_px)
+    scans = _squares_at(corpus, TRAIN, job.settings.copies.max_scans, [scan for _, scan, _ in pairs], job.size_px)
     rows = [
         SheetRow(f"likeness {alike:.3f}", [_plain(scans[scan])], [_plain(images[image])])
         for image, scan, alike in pairs
@@ -441,8 +386,10 @@ def _squares_at(
     return {place: square(row, folder, size_px) for place, row in chosen if place in wanted}
 
 
-def _rows(tiles: Sequence[Tile]) -> list[SheetRow]:
-    return [SheetRow("", tiles[start : start + _COLUMNS], []) for start in range(0, len(tiles), _COLUMNS)]
+def _sheet(name: str, images: Seen) -> bytes:
+    tiles = [_tile(images, place) for place in range(min(_SHOWN, len(images.sample)))]
+    rows = [SheetRow("", tiles[start : start + _COLUMNS], []) for start in range(0, len(tiles), _COLUMNS)]
+    return contact_sheet(f"{name}: synthetic images", rows, tile_px=_TILE_PX)
 
 
 def _plain(square_SS: NDArray[np.float32]) -> Tile:
@@ -452,16 +399,3 @@ def _plain(square_SS: NDArray[np.float32]) -> Tile:
 def _tile(seen: Seen, place: int) -> Tile:
     pixels = np.round(seen.sample_MSS[place] * 255).astype(np.uint8)
     return Tile(pixels, seen.attributes[seen.sample[place]])
-
-
-# --- reading --------------------------------------------------------------------------------------------------
-
-
-def _read(probe: Probe | None, batch: Sequence[Row], folder: str) -> NDArray[np.float32]:
-    if probe is None:
-        return np.zeros((len(batch), 0), np.float32)
-    # Scans of a corpus may differ in their type; each is read by itself, with the same result.
-    pixels, bits = zip(*(pixels_of(row, folder) for row in batch), strict=True)
-    if len({(one.shape, depth) for one, depth in zip(pixels, bits, strict=True)}) == 1:
-        return probe.read(np.stack(pixels), bits[0])
-    return np.concatenate([probe.read(one[None], depth) for one, depth in zip(pixels, bits, strict=True)])
