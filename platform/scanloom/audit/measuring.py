@@ -13,12 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from scanloom.artefact import Artefact, FileEntry, find_artefact, open_artefact
 from scanloom.attributes import Attributes, AttributeSchema, Envelope, describe
-from scanloom.audit.appearance import (
-    level_distance,
-    likeness,
-    pairs_within,
-    spectral_distance,
-)
+from scanloom.audit.appearance import level_distance, likeness, pairs_within, spectral_distance
 from scanloom.audit.contact_sheet import SheetRow, Tile, contact_sheet
 from scanloom.audit.copies import (
     PEERS,
@@ -55,12 +50,7 @@ from scanloom.audit.report import (
     Subgroup,
     Subject,
 )
-from scanloom.audit.scans import (
-    calibration_and_check,
-    count,
-    spread,
-    square,
-)
+from scanloom.audit.scans import calibration_and_check, count, spread, square
 from scanloom.audit.scorecard import scorecard
 from scanloom.audit.seen import TRAIN, Embed, Seen, see
 from scanloom.errors import ArtefactError

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -83,32 +84,35 @@ def see(
 ) -> Seen:  # fmt: skip
     """At most `most` images of an artefact's folder, spread over all of it; ArtefactError for a damaged shard."""
     kept_every = max(1, math.ceil(spread_count(artefact, folder, most) / sample))
-    parts: list[list[Any]] = [[], [], []]
-    ids: list[str] = []
-    owners: list[str] = []
-    attributes: list[Attributes] = []
-    kept: list[NDArray[np.float32]] = []
-    places: list[int] = []
-    told: list[NDArray[np.float32]] = []
+    parts: list[Seen] = []
+    first = 0
     for batch in in_batches(spread(artefact, folder, most), EMBED_ROWS):
         shown = squares(batch, folder, size_px)
-        views = np.stack([embed(view) for view in (kept_views(shown) if folder == TRAIN else [shown])], axis=1)
-        for part, value in zip(parts, (views, radial_power(shown), grey_levels(shown)), strict=True):
-            part.append(value)
-        told.append(_read(probe, batch, folder))
-        for row, seen in zip(batch, shown, strict=True):
-            if len(owners) % kept_every == 0:
-                kept.append(seen)
-                places.append(len(owners))
-            ids.append(row["id"])
-            owners.append(owner_of(row, folder))
-            attributes.append(schema.from_row(row))
-    if not owners:
-        empty, unread = np.zeros((0, size_px, size_px), np.float32), np.zeros((0, 0), np.float32)
-        spectra, levels = np.zeros((0, size_px // 2 - 1)), np.zeros((0, LEVELS))
-        return Seen(embed(empty)[:, None], spectra, levels, [], [], [], empty, [], unread)
-    views, spectra, levels = (np.concatenate(part) for part in parts)
-    return Seen(views, spectra, levels, ids, owners, attributes, np.stack(kept), places, np.concatenate(told))
+        views = kept_views(shown) if folder == TRAIN else [shown]
+        kept = np.arange(-first % kept_every, len(batch), kept_every)
+        parts.append(Seen(
+            np.stack([embed(view) for view in views], axis=1), radial_power(shown), grey_levels(shown),
+            [row["id"] for row in batch], [owner_of(row, folder) for row in batch],
+            [schema.from_row(row) for row in batch], shown[kept], (first + kept).tolist(),
+            _read(probe, batch, folder),
+        ))  # fmt: skip
+        first += len(batch)
+    return _joined(parts) if parts else _nothing(embed, size_px)
+
+
+def _joined(parts: Sequence[Seen]) -> Seen:
+    told: dict[str, Any] = {}
+    for name in (field.name for field in fields(Seen)):
+        values = [getattr(part, name) for part in parts]
+        is_array = isinstance(values[0], np.ndarray)
+        told[name] = np.concatenate(values) if is_array else list(chain.from_iterable(values))
+    return Seen(**told)
+
+
+def _nothing(embed: Embed, size_px: int) -> Seen:
+    empty, unread = np.zeros((0, size_px, size_px), np.float32), np.zeros((0, 0), np.float32)
+    spectra, levels = np.zeros((0, size_px // 2 - 1)), np.zeros((0, LEVELS))
+    return Seen(embed(empty)[:, None], spectra, levels, [], [], [], empty, [], unread)
 
 
 def _read(probe: Probe | None, batch: Sequence[Row], folder: str) -> NDArray[np.float32]:
