@@ -22,6 +22,7 @@ from scanloom.store import Store, sha256_of
 CONFIG = "config.json"
 _PREPROCESSOR = "preprocessor_config.json"
 _DEFAULT_PX = 224
+_PLAIN = {"image_mean": 0.0, "image_std": 1.0}
 _ROWS = 16
 
 
@@ -130,17 +131,15 @@ def _transformers(folder: Path, where: str, device: str) -> tuple[int, Callable[
     model = model.float().eval().requires_grad_(False).to(device)
     size = _size(getattr(model.config, "image_size", None) or told.get("crop_size") or told.get("size"))
     channels = int(getattr(model.config, "num_channels", 3))
-    mean, deviation = (_per_channel(told.get(key), channels) for key in ("image_mean", "image_std"))
-    pooled = _Pooled(model, not missing, channels, mean, 1.0 if told.get("image_std") is None else deviation)
+    mean, deviation = (_per_channel(told.get(key), channels, plain) for key, plain in _PLAIN.items())
+    pooled = _Pooled(model, not missing, channels, mean, deviation)
     return size, pooled.to(device)
 
 
 class _Pooled(nn.Module):
     """A model of transformers as a function of grey squares."""
 
-    def __init__(
-        self, model: nn.Module, has_pooler: bool, channels: int, mean: Tensor, deviation: Tensor | float
-    ) -> None:
+    def __init__(self, model: nn.Module, has_pooler: bool, channels: int, mean: Tensor, deviation: Tensor) -> None:
         super().__init__()
         self.model = model
         self.has_pooler = has_pooler
@@ -148,7 +147,7 @@ class _Pooled(nn.Module):
         self.mean: Tensor
         self.deviation: Tensor
         self.register_buffer("mean", mean)
-        self.register_buffer("deviation", torch.as_tensor(deviation))
+        self.register_buffer("deviation", deviation)
 
     def forward(self, images_B1SS: Tensor) -> Tensor:
         seen = (images_B1SS.expand(-1, self.channels, -1, -1) - self.mean) / self.deviation
@@ -169,8 +168,8 @@ def _size(told: Any) -> int:
     return int(told) if told else _DEFAULT_PX
 
 
-def _per_channel(told: Any, channels: int) -> Tensor:
-    values = told if isinstance(told, list) else [float(told or 0.0)] * channels
+def _per_channel(told: Any, channels: int, plain: float) -> Tensor:
+    values = told if isinstance(told, list) else [plain if told is None else float(told)] * channels
     return torch.tensor(values, dtype=torch.float32).reshape(1, channels, 1, 1)
 
 
