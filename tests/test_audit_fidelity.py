@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from scanloom.audit.fidelity import (
+    Compared,
     Embedded,
     Moments,
     expected_coverage,
@@ -160,17 +161,21 @@ def test_memory_is_bounded_by_blocks_of_distances() -> None:
     assert most < 200e6
 
 
+def overlap(one: Compared) -> bool:
+    return one.synthetic.low <= one.baseline.high and one.baseline.low <= one.synthetic.high
+
+
 def test_every_figure_stands_beside_that_of_equally_many_real_scans() -> None:
     patients = [str(n // 2) for n in range(300)]
     train = Embedded.of(RANDOM.standard_normal((300, 4)), patients)
     held_out = Embedded.of(RANDOM.standard_normal((200, 4)), patients[:200])
     found = fidelity(normal(900, 4, mean=1.0), train, held_out)
     assert {compared.images for compared in found.values()} == {300}
-    assert not found["frechet"].synthetic.overlaps(found["frechet"].baseline)
+    assert not overlap(found["frechet"])
     assert found["kid"].baseline.low < 0.0 < found["kid"].baseline.high
     assert found["kid"].synthetic.low > 0.0
     good = fidelity(normal(300, 4), train, held_out)
-    assert all(compared.synthetic.overlaps(compared.baseline) for compared in good.values())
+    assert all(map(overlap, good.values()))
 
 
 def test_too_few_images_are_refused() -> None:
