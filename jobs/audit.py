@@ -52,6 +52,7 @@ def audit(recipe: Recipe) -> None:
         runs, name = Store(recipe.uri("runs")), run_name("copy-encoder", plan)
         runs.require_writable()
         with connected():
+            _require_gpus(recipe)
             metrics = train_encoder(CopyEncoderJob.of(recipe, corpus, store, ENCODER), corpus, runs, name)
             files = _measure(recipe, corpus, dataset, probe, store, runs.at(f"{name}/parts"))
         made = publish(
@@ -61,6 +62,13 @@ def audit(recipe: Recipe) -> None:
         )  # fmt: skip
         forget(runs, name)
     _report(made, time.monotonic() - started)
+
+
+def _require_gpus(recipe: Recipe) -> None:
+    """Refuse now what would wait for a GPU once the encoder is trained."""
+    parts = {name: getattr(recipe.audit, name) for name in ("membership", "fidelity", "utility")}
+    for name, part in parts.items():
+        require_room(1, part is not None and part.use_gpu, f"audit.{name}.use_gpu")
 
 
 def _measure(
@@ -84,28 +92,23 @@ def _measure(
 def _attack(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
     settings = recipe.audit.membership
     assert settings is not None
-    require_room(1, settings.use_gpu, "audit.membership.use_gpu")
     generator = dataset.manifest.used_as("generator")
     if generator is None:
         raise ArtefactError(f"{dataset.uri}: names no generator to attack; set audit.membership=null")
-    job = MembershipJob(
-        settings=settings, seed=recipe.seed, corpus_uri=corpus.uri, generator_uri=generator.uri
-    ).model_dump(mode="json")  # fmt: skip
-    return ray.get(_task(attack, settings.use_gpu).remote(job))
+    job = MembershipJob(settings=settings, seed=recipe.seed, corpus_uri=corpus.uri, generator_uri=generator.uri)
+    return ray.get(_task(attack, settings.use_gpu).remote(job.model_dump(mode="json")))
 
 
 def _look_again(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
     settings = recipe.audit.fidelity
-    require_room(1, settings.use_gpu, "audit.fidelity.use_gpu")
-    job = GivenJob(settings=settings, corpus_uri=corpus.uri, dataset_uri=dataset.uri).model_dump(mode="json")
-    return ray.get(_task(look_again, settings.use_gpu).remote(job))
+    job = GivenJob(settings=settings, corpus_uri=corpus.uri, dataset_uri=dataset.uri)
+    return ray.get(_task(look_again, settings.use_gpu).remote(job.model_dump(mode="json")))
 
 
 def _learn(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
     """One task reads the images, one more for every classifier trains it on them."""
     settings = recipe.audit.utility
     assert settings is not None
-    require_room(1, settings.use_gpu, "audit.utility.use_gpu")
     job = UtilityJob(settings=settings, corpus_uri=corpus.uri, dataset_uri=dataset.uri)
     material = _task(read_material, settings.use_gpu).remote(job.model_dump(mode="json"))
     trainings = [
@@ -117,8 +120,8 @@ def _learn(recipe: Recipe, corpus: Artefact, dataset: Artefact) -> Any:
             done, left = ray.wait(left)
             advance(len(done))
     groups = recipe.audit.fairness.groups
-    together = _task(utility_of).remote(material, ray.get(trainings), groups, settings.least_patients, recipe.seed)
-    return ray.get(together)
+    scores, least = ray.get(trainings), settings.least_patients
+    return ray.get(_task(utility_of).remote(material, scores, groups, least, recipe.seed))
 
 
 def _task(work: Callable[..., Any], use_gpu: bool = False) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from jobs.audit import audit
@@ -167,6 +168,18 @@ def test_a_part_that_an_earlier_run_finished_is_not_measured_again(
     again = told(audited, "honest")
     assert again.copies == first.copies
     assert Store(f"{audited}/runs").list() == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_missed_before_anything_is_trained(ray_cluster: None, tmp_path: Path) -> None:
+    corpus = publish_corpus(f"{tmp_path}/corpus", scans=8)
+    publish_dataset(f"{tmp_path}/d", generator(f"{tmp_path}/generator", corpus), corpus, honest, 4)
+    for part in ("membership", "fidelity", "utility"):
+        settings = {"membership": None, "utility": None} | {part: {"use_gpu": True}}
+        with pytest.raises(RecipeError, match=rf"audit\.{part}\.use_gpu: needs 1 GPUs"):
+            audit(phantom_recipe(tmp_path, audit=settings, generate={"dataset": "d", "images": 4}))
+        assert Store(f"{tmp_path}/runs").list() == []
+        shutil.rmtree(tmp_path / "d-audit")
 
 
 def test_what_cannot_be_audited_is_refused(ray_cluster: None, tmp_path: Path) -> None:
