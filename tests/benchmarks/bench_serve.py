@@ -16,28 +16,54 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
 
 from tests.benchmarks.measured_page import machine, write_section
 from tests.benchmarks.open_load import FEWEST, MOST, Outcome, Target, arrivals, closed_loop, open_loop, step_counts
-from tests.benchmarks.serve_peers import GENERATOR, WAIT_S
+from tests.benchmarks.serve_peers import GENERATOR, RAY_WAIT_S, WAIT_S
 from tests.processes import descendants, kill
 from tests.running_service import RunningService, config, free_port, plain_environment, written
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "serving-speed.md"
-SLOTS, ROWS = 16, 8
+SLOTS = ROWS = 16
+FEWER_ROWS = 8
+"""Of a call, where an image that is alone should not wait for so many idle rows."""
 LOADS = (0.5, 0.8, 1.2)
 """Of what the bare engine makes."""
+COMPARED = 0.8
+"""The load at which peers are compared, and that may be measured alone."""
 WARM = 0.2
 """Share of a run's time whose requests are not counted."""
 STARTS_S = 120.0
 MORE_THROUGHPUT, LESS_P95, LEAST_SATURATION, MOST_REFUSAL_S, LEAST_KEPT = 1.3, 0.6, 0.95, 0.1, 0.99
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of scanloom's generator, which the peers have not."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compiled: bool = False
+
+    @property
+    def told(self) -> str:
+        """For a title."""
+        return (", with a compiled denoiser" if self.compiled else "") + (
+            f", in {self.precision}" if self.precision != "fp32" else ""
+        )
+
+    @property
+    def given(self) -> str:
+        """For a sentence."""
+        given = [f"`{name}: {value}`" for name, value in (("compiled", "true"), ("precision", self.precision))]
+        kept = [text for text, has in zip(given, (self.compiled, self.precision != "fp32"), strict=True) if has]
+        return f", {' and '.join(kept)}, which the peers have not" if kept else ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +104,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
 # --- who is measured --------------------------------------------------------------------------------------------
 
 
-def bare_engine(rows: int, seconds: float, compiled: bool) -> float:
+def bare_engine(rows: int, seconds: float, settings: Settings) -> float:
     """Images per second of an engine that is handed one request after the other, in this process."""
     import itertools
 
@@ -86,7 +112,7 @@ def bare_engine(rows: int, seconds: float, compiled: bool) -> float:
     from scanloom.sampling.workbench import open_workbench
     from tests.benchmarks.open_load import ATTRIBUTES
 
-    bench = open_workbench(GENERATOR, slots=SLOTS, rows=rows, compiled=compiled)
+    bench = open_workbench(GENERATOR, slots=SLOTS, rows=rows, **asdict(settings))
     bench.warm_up()
     asked = (ImageRequest(n, 1, ATTRIBUTES, steps) for n, steps in zip(itertools.count(), step_counts(3), strict=False))
     started, made, counted = time.perf_counter(), 0, 0.0
@@ -100,13 +126,13 @@ def bare_engine(rows: int, seconds: float, compiled: bool) -> float:
 
 
 @contextmanager
-def scanloom(folder: Path, deadline_s: float, compiled: bool) -> Iterator[Target]:
+def scanloom(folder: Path, deadline_s: float, settings: Settings) -> Iterator[Target]:
     lenient = {"least_contrast": 0.0, "most_white": 1.0, "most_black": 1.0}
-    settings = {
-        "generators": [{"name": "base", "uri": GENERATOR, "compiled": compiled, "quality": lenient}],
+    served = {
+        "generators": [{"name": "base", "uri": GENERATOR, "quality": lenient} | asdict(settings)],
         "replicas": {"slots": SLOTS, "rows": ROWS, "cpus": 1, "requests": 256},
     }
-    with RunningService(folder, written(folder, config(settings))) as service:
+    with RunningService(folder, written(folder, config(served))) as service:
         headers = {"Authorization": f"Bearer {service.key}", "Accept": "image/png"}
         yield Target(f"{service.url}/v1/images", headers, deadline_s)
 
@@ -147,10 +173,10 @@ def _await_image(process: subprocess.Popen[bytes], target: Target, log: Path) ->
     raise RuntimeError(f"{process.args}: not ready within {STARTS_S:g} s")
 
 
-def services(folder: Path, deadline_s: float, compiled: bool) -> dict[str, Callable[[], Any]]:
+def services(folder: Path, deadline_s: float, settings: Settings) -> dict[str, Callable[[], Any]]:
     """By name, what starts them."""
     return {
-        "scanloom": lambda: scanloom(folder, deadline_s, compiled),
+        "scanloom": lambda: scanloom(folder, deadline_s, settings),
         "Ray Serve, @serve.batch": lambda: peer("ray", "/", deadline_s),
         "LitServe": lambda: peer("litserve", "/predict", deadline_s),
     }
@@ -162,30 +188,37 @@ Run = Mapping[str, Mapping[str, Figures]]
 """By service and by load: `50 %`, ..., `saturation`."""
 
 
-def measure(target: Target, capacity: float, seconds: float, seed: int) -> dict[str, Figures]:
-    """All loads, one after the other, sent by a process of their own."""
+def measure(
+    target: Target, capacity: float, seconds: float, seed: int, loads: Sequence[float], saturation: bool
+) -> dict[str, Figures]:
+    """The loads, one after the other, sent by a process of their own."""
     with multiprocessing.get_context("spawn").Pool(1) as sender:
         found = {}
-        for load in LOADS:
+        for load in loads:
             times = arrivals(load * capacity, seconds, seed)
             outcomes = sender.apply(open_loop, (target, times, seed))
             found[f"{load:.0%}"] = figures(outcomes, seconds, target.deadline_s)
-        patient = Target(target.url, target.headers, 300.0)
-        outcomes = sender.apply(closed_loop, (patient, 2 * SLOTS, seconds, seed))
-        found["saturation"] = figures(outcomes, seconds, 300.0)
+        if saturation:
+            patient = Target(target.url, target.headers, 300.0)
+            outcomes = sender.apply(closed_loop, (patient, 2 * SLOTS, seconds, seed))
+            found["saturation"] = figures(outcomes, seconds, 300.0)
     return found
 
 
-def alone(rows: int, seconds: float, compiled: bool) -> float:
+def alone(rows: int, seconds: float, settings: Settings) -> float:
     """The bare engine, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        rate: float = pool.apply(bare_engine, (rows, seconds, compiled))
+        rate: float = pool.apply(bare_engine, (rows, seconds, settings))
     return rate
 
 
-def measured(rounds: int, seconds: float, compiled: bool) -> tuple[list[Run], dict[int, float], float]:
+def measured(
+    rounds: int, seconds: float, settings: Settings, loads: Sequence[float], saturation: bool
+) -> tuple[list[Run], dict[int, float], float]:
     """The runs, the bare engine's images per second by rows of a call, and the deadline of the requests."""
-    bare = {rows: alone(rows, max(10.0, seconds / 2), compiled) for rows in (ROWS, SLOTS)}
+    bare = {
+        rows: alone(rows, max(10.0, seconds / 2), settings) for rows in ((ROWS, FEWER_ROWS) if saturation else (ROWS,))
+    }
     capacity = bare[ROWS]
     # Twice what an image of the most steps takes in a full engine.
     deadline_s = round(2 * MOST * SLOTS / capacity / statistics.mean((FEWEST, MOST)), 1)
@@ -194,10 +227,10 @@ def measured(rounds: int, seconds: float, compiled: bool) -> tuple[list[Run], di
     for turn in range(rounds):
         run: dict[str, dict[str, Figures]] = {}
         with tempfile.TemporaryDirectory(prefix="scanloom-bench-") as folder:
-            found = services(Path(folder), deadline_s, compiled)
+            found = services(Path(folder), deadline_s, settings)
             for name in list(found)[:: -1 if turn % 2 else 1]:
                 with found[name]() as target:
-                    run[name] = measure(target, capacity, seconds, seed=turn + 1)
+                    run[name] = measure(target, capacity, seconds, turn + 1, loads, saturation)
                 for load, told in run[name].items():
                     _say(f"round {turn + 1}: {name}, {load}: {told}")
         runs.append(run)
@@ -215,36 +248,45 @@ HEAD = """# How fast the service is
 Measured by `tests/benchmarks/bench_serve.py`. Ratios are what to compare: rates are each machine's. The peers are
 written by hand in `tests/benchmarks/serve_peers.py`.
 """
-LOAD_TITLE, ENGINE_TITLE = "Under load", "Beside the bare engine"
-COMPILED = ", with a compiled denoiser"
-TITLES = (LOAD_TITLE, ENGINE_TITLE, LOAD_TITLE + COMPILED, ENGINE_TITLE + COMPILED)
+LOAD_TITLE, ONE_LOAD_TITLE, ENGINE_TITLE = "Under load", f"At a load of {COMPARED:.0%}", "Beside the bare engine"
+TITLES = [
+    title + Settings(precision, compiled).told
+    for precision in ("fp32", "bf16")
+    for compiled in (False, True)
+    for title in (LOAD_TITLE, ONE_LOAD_TITLE, ENGINE_TITLE)
+]
 
 
 def under_load(
-    runs: Sequence[Run], seconds: float, capacity: float, deadline_s: float, compiled: bool
+    runs: Sequence[Run], seconds: float, capacity: float, deadline_s: float, settings: Settings, loads: Sequence[float]
 ) -> tuple[str, list[str]]:
     peers = [name for name in runs[0] if name != "scanloom"]
     gain = statistics.median(
-        run["scanloom"]["80%"].images_per_s / max(run[name]["80%"].images_per_s for name in peers) for run in runs
+        run["scanloom"][f"{COMPARED:.0%}"].images_per_s
+        / max(run[name][f"{COMPARED:.0%}"].images_per_s for name in peers)
+        for run in runs
     )
     delay = statistics.median(
-        run["scanloom"]["80%"].p95_s / min(run[name]["80%"].p95_s for name in peers) for run in runs
+        run["scanloom"][f"{COMPARED:.0%}"].p95_s / min(run[name][f"{COMPARED:.0%}"].p95_s for name in peers)
+        for run in runs
     )
-    refusal_s = _median(runs, "scanloom", "120%", "refusal_p95_s")
-    kept = min(run["scanloom"][f"{load:.0%}"].kept for run in runs for load in LOADS)
+    most = f"{max(loads):.0%}"
+    refusal_s = _median(runs, "scanloom", most, "refusal_p95_s")
+    kept = min(run["scanloom"][f"{load:.0%}"].kept for run in runs for load in loads)
     text = (
         f"The base generator, 64x64, no guidance, DPM-Solver++; requests of one image each, of {FEWEST} to {MOST} "
         f"steps, evenly spread, at the times of a Poisson process, {seconds:g} s a load of which the first {WARM:.0%} "
         "are not counted. Loads are shares of what the bare engine makes by itself of the same mix on one thread "
         f"({capacity:.1f} images/s). Every service has one model on one thread, and the machine's other core for all "
         f"else, the sender of the requests included. scanloom: `scanloom serve`, {SLOTS} slots, {ROWS} rows a call"
-        f"{', `compiled: true`, which the peers have not' if compiled else ''}. "
-        f"The peers: batches of up to {SLOTS} images, {WAIT_S:g} s of waiting for company, diffusers' scheduler, and "
+        f"{settings.given}. "
+        f"The peers: batches of up to {SLOTS} images, {WAIT_S:g} s of waiting for company (Ray Serve {RAY_WAIT_S:g} s: "
+        "it makes up batches before the model is free, by ones where the wait is short), diffusers' scheduler, and "
         "as many steps as the longest image of the batch asks for; they refuse nothing. Latency counts from the "
         f"moment at which a request was to be sent. Every request states a deadline of {deadline_s:g} s, which the "
-        f"peers do not look at.\n\n{_load_table(runs)}\n\nAt 80 %: {gain:.2f} times the throughput of the better "
-        f"peer, and {delay:.2f} of the p95 of the better peer. At 120 %: 95 % of the refusals within "
-        f"{1000 * refusal_s:.0f} ms.\n"
+        f"peers do not look at.\n\n{_load_table(runs, loads)}\n\nAt {COMPARED:.0%}: {gain:.2f} times the "
+        f"throughput of the better peer, and {delay:.2f} of the p95 of the better peer."
+        f"{'' if refusal_s != refusal_s else f' At {most}: 95% of the refusals within {1000 * refusal_s:.0f} ms.'}\n"
     )
     failed = sum(told.failed for run in runs for told in run["scanloom"].values())
     missed = [
@@ -257,12 +299,12 @@ def under_load(
     return text, missed
 
 
-def _load_table(runs: Sequence[Run]) -> str:
+def _load_table(runs: Sequence[Run], loads: Sequence[float]) -> str:
     lines = [
         "| load | service | images/s | p50, s | p95, s | refused | refused within, ms (p95) | accepted and in time |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for load in LOADS:
+    for load in loads:
         for name in runs[0]:
             rate, p50, p95, refused, within, kept = (
                 _median(runs, name, f"{load:.0%}", figure)
@@ -281,7 +323,7 @@ def beside_engine(runs: Sequence[Run], bare: Mapping[int, float]) -> tuple[str, 
     lines = "\n".join(f"| {name} | {rate:.2f} | {rate / bare[ROWS]:.2f} |" for name, rate in saturation.items())
     text = (
         f"{2 * SLOTS} clients, each of which asks again as soon as it is answered; the same mix. The bare engine with "
-        f"{SLOTS} rows a call, which is best for throughput and worst for who is alone: {bare[SLOTS]:.2f} images/s.\n\n"
+        f"{FEWER_ROWS} rows a call, better for who is alone, worse for all others: {bare[FEWER_ROWS]:.2f} images/s.\n\n"
         "| | images/s | of the bare engine |\n|---|---|---|\n"
         f"| bare engine, {ROWS} rows a call | {bare[ROWS]:.2f} | 1 |\n{lines}\n"
     )
@@ -296,19 +338,30 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=2)
     options.add_argument("--seconds", type=float, default=60.0, help="of each load")
+    options.add_argument(
+        "--parts", nargs="+", choices=("loads", "one-load", "saturation"), default=["loads", "saturation"],
+        help=f"one-load is that of {COMPARED:.0%} alone".replace("%", "%%"),
+    )  # fmt: skip
     options.add_argument("--compiled", action="store_true", help="of scanloom and the bare engine, the denoiser")
+    options.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of scanloom and the bare engine"
+    )
     options.add_argument("--dry", action="store_true", help="print the page's sections and leave the page as it is")
     asked = options.parse_args()
-    runs, bare, deadline_s = measured(asked.rounds, asked.seconds, asked.compiled)
+    settings = Settings(asked.precision, asked.compiled)
+    loads = LOADS if "loads" in asked.parts else (COMPARED,) if "one-load" in asked.parts else ()
+    runs, bare, deadline_s = measured(asked.rounds, asked.seconds, settings, loads, "saturation" in asked.parts)
+    found = {}
+    if loads:
+        title = LOAD_TITLE if loads == LOADS else ONE_LOAD_TITLE
+        found[title] = under_load(runs, asked.seconds, bare[ROWS], deadline_s, settings, loads)
+    if "saturation" in asked.parts:
+        found[ENGINE_TITLE] = beside_engine(runs, bare)
     missed = []
-    for title, (text, short) in {
-        LOAD_TITLE: under_load(runs, asked.seconds, bare[ROWS], deadline_s, asked.compiled),
-        ENGINE_TITLE: beside_engine(runs, bare),
-    }.items():
-        title += COMPILED if asked.compiled else ""
-        section = f"## {title}\n\nOn {machine()}, {asked.rounds} rounds.\n\n{text}"
+    for title, (text, short) in found.items():
+        section = f"## {title}{settings.told}\n\nOn {machine()}, {asked.rounds} rounds.\n\n{text}"
         if not asked.dry:
-            write_section(PAGE, HEAD, TITLES, title, section)
+            write_section(PAGE, HEAD, TITLES, title + settings.told, section)
         print(section)  # noqa: T201
         missed += short
     print(*missed, sep="\n")  # noqa: T201
