@@ -41,9 +41,9 @@ def train(
     what: str, settings: DataParallel, work: Callable[[dict[str, Any]], Any], job: BaseModel,
     scans: dict[str, ray.data.Dataset], runs: Store, name: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Let workers train as a section of the recipe says, or what is left of it; what `work` returned to worker 0.
+    """Train as a section of the recipe says, or what is left of it; what `work` returned on worker 0.
 
-    `what` they train is shown meanwhile. Each does `work` on `job` as a dict; `name` is that of the run below `runs`.
+    Every worker does `work` on `job` as a dict. `what` is trained is shown; `name` is that of the run below `runs`.
     """
     with (
         console.progress(what, settings.steps, "steps") as advance,
