@@ -9,8 +9,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-import ray.data
-from ray.train import DataConfig, ScalingConfig
+from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from jobs.cluster import connected, interruptible, require_room, run_recipe
@@ -23,7 +22,6 @@ from scanloom.models.generator import read_latent_shape, require_continuable
 from scanloom.recipe import Finetune, Recipe
 from scanloom.sampling.gate import corpora_of
 from scanloom.shards.commit import begin
-from scanloom.shards.reader import parquet_paths
 from scanloom.store import Store
 from scanloom.training.loop import FinetuneJob, train_denoiser
 from scanloom.training.reports import following
@@ -55,7 +53,7 @@ def finetune(recipe: Recipe) -> None:
         runs, name = Store(recipe.uri("runs")), run_name("generator", plan)
         runs.require_writable()
         with connected():
-            metrics = _train(recipe.finetune, job, latents, runs, name)
+            metrics = _train(recipe.finetune, job, runs, name)
         generator = publish(
             store, kind="generator", name=recipe.name, recipe=recipe.model_dump(mode="json"),
             inputs=[lineage("latents", latents), lineage("autoencoder", autoencoder)],
@@ -111,13 +109,9 @@ def _carried(latents: Artefact, start_from: str | None) -> dict[str, object]:
     return known
 
 
-def _train(section: Finetune, job: FinetuneJob, latents: Artefact, runs: Store, name: str) -> dict[str, Any]:
+def _train(section: Finetune, job: FinetuneJob, runs: Store, name: str) -> dict[str, Any]:
     least, _ = section.worker_range
     require_room(least * section.cpus_per_worker, least * section.use_gpu, "finetune.workers")
-    rows: dict[str, Any] = {
-        split: ray.data.read_parquet(parquet_paths(latents, split), filesystem=latents.store.filesystem)
-        for split in ("train", "validation")
-    }
     with (
         console.progress("finetune", section.steps, "steps") as advance,
         following(console.step_follower(advance)) as reports,
@@ -128,9 +122,6 @@ def _train(section: Finetune, job: FinetuneJob, latents: Artefact, runs: Store, 
         trainer = TorchTrainer(
             work,
             train_loop_config=job.model_dump(mode="json"),
-            datasets=rows,
-            # Every worker streams all latents once; which rows it trains on follows from the step and its rank.
-            dataset_config=DataConfig(datasets_to_split=[]),
             scaling_config=ScalingConfig(
                 use_gpu=section.use_gpu, resources_per_worker={"CPU": section.cpus_per_worker}, **scaling,
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 
+from jobs import OWN_CLUSTER
 from jobs.cluster import SPARE_CPUS, connected, interruptible, require_room, run_recipe
 from jobs.release import main as release
 from scanloom.errors import RecipeError
@@ -86,6 +88,32 @@ def test_no_cluster_is_joined_but_the_one_of_ray_address(
     with connected():
         assert asked["address"] == address
     assert asked["num_cpus"] == ((os.cpu_count() or 1) + SPARE_CPUS if spares else None)
+
+
+def ray_settings(**given: str) -> dict[str, str]:
+    """What a job's process that is about to import Ray has set of OWN_CLUSTER."""
+    environment = {name: value for name, value in os.environ.items() if name not in (*OWN_CLUSTER, "RAY_ADDRESS")}
+    said = subprocess.run(
+        [sys.executable, "-c", "import jobs, json, os; print(json.dumps(dict(os.environ)))"],
+        cwd=ROOT, env=environment | given, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return {name: value for name, value in json.loads(said.stdout).items() if name in OWN_CLUSTER}
+
+
+def test_rays_own_processes_are_quiet_on_a_cluster_of_the_jobs_own_alone() -> None:
+    assert ray_settings() == OWN_CLUSTER
+    assert ray_settings(RAY_event_stats="1") == OWN_CLUSTER | {"RAY_event_stats": "1"}
+    assert ray_settings(RAY_ADDRESS="10.0.0.1:6379") == {}
+
+
+def test_ray_reads_every_setting_of_a_cluster_of_the_jobs_own() -> None:
+    installed = Path(ray.__file__).parent
+    readers = [
+        "core/src/ray/raylet/raylet", "_private/log_monitor.py", "dashboard/modules/reporter/reporter_consts.py",
+        "train/v2/_internal/constants.py",
+    ]  # fmt: skip
+    known = b"".join((installed / reader).read_bytes() for reader in readers)
+    assert not [name for name in OWN_CLUSTER if name.encode() not in known]
 
 
 def test_a_cluster_that_may_grow_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

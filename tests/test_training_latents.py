@@ -13,10 +13,11 @@ import torch
 from scanloom.artefact import Artefact, publish
 from scanloom.errors import ArtefactError
 from scanloom.shards.commit import ShardPart, begin, commit_shard
+from scanloom.shards.reader import parquet_files
 from scanloom.shards.schemas import latents_schema, prompt_hash, prompts_schema
 from scanloom.shards.writer import parquet_bytes
 from scanloom.store import Store
-from scanloom.training.latents import AttributeConditions, Latents, TextConditions, collect, read_prompts
+from scanloom.training.latents import AttributeConditions, Latents, TextConditions, collect, read_latents, read_prompts
 from tests.phantom_corpus import SCHEMA
 
 SHAPE = (2, 3, 3)
@@ -68,7 +69,7 @@ def texted(tmp_path: Path) -> Latents:
     return collect([rows(["1", "2"], texts=[PROMPTS[2], PROMPTS[0]])], SHAPE, SCHEMA, prompts)
 
 
-def test_rows_are_in_the_order_of_their_ids_however_they_were_streamed() -> None:
+def test_rows_are_in_the_order_of_their_ids_however_they_were_read() -> None:
     one_way = collect([rows(["3", "1"]), rows(["2"])], SHAPE, SCHEMA)
     other_way = collect([rows(["2"]), rows([]), rows(["1", "3"])], SHAPE, SCHEMA)
     assert one_way.mean_NCHW[:, 0, 0, 0].tolist() == [1.0, 2.0, 3.0]
@@ -103,6 +104,39 @@ def test_equal_prompts_are_held_once(tmp_path: Path) -> None:
     assert len(latents.conditions.prompts.tokens_ULD) == 3
     assert latents.conditions.index_N.tolist() == [2, 2, 2]
     assert set(latents.conditions.batch(torch.tensor([0, 1]), NO_DROP)) == {"tokens"}
+
+
+def split_artefact(uri: str, *shards: Sequence[str]) -> Artefact:
+    """A latents artefact whose train split has these ids by shard, and whose validation has one row."""
+    store = Store(uri)
+    begin(store, "latents", "b" * 64)
+    split = [("train", ids) for ids in shards] + [("validation", ["9"])]
+    files = [
+        file
+        for number, (name, ids) in enumerate(split)
+        for file in commit_shard(
+            store, "b" * 64, number, [ShardPart(name, name, "parquet", parquet_bytes(rows(ids)), len(ids))], 0, {}
+        ).files.values()
+    ]
+    return publish(store, kind="latents", name="t", recipe={}, inputs=[], files=files, statistics={})
+
+
+def test_a_split_is_read_from_all_its_shards_and_no_others(tmp_path: Path) -> None:
+    artefact = split_artefact(str(tmp_path), ["5", "1"], ["4"], ["3", "2"])
+    latents = read_latents(artefact, "train", SHAPE, SCHEMA)
+    assert latents.mean_NCHW[:, 0, 0, 0].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert isinstance(latents.conditions, AttributeConditions)
+    assert len(read_latents(artefact, "validation", SHAPE, SCHEMA)) == 1
+    with pytest.raises(ArtefactError, match="no rows of a split"):
+        read_latents(artefact, "holdout", SHAPE, SCHEMA)
+
+
+def test_a_shard_that_changed_since_it_was_written_is_not_trained_on(tmp_path: Path) -> None:
+    artefact = split_artefact(str(tmp_path), ["1"], ["2"])
+    changed = tmp_path / parquet_files(artefact, "train")[1].path
+    changed.write_bytes(parquet_bytes(rows(["3"])))
+    with pytest.raises(ArtefactError, match="changed since it was written"):
+        read_latents(artefact, "train", SHAPE, SCHEMA)
 
 
 def test_latents_of_a_family_without_text_have_no_prompts(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch.nn import functional
 from scanloom.artefact import Artefact, FileEntry, plan_digest
 from scanloom.attributes import Attributes, AttributeSchema
 from scanloom.errors import ArtefactError, RecipeError
+from scanloom.heap import keep_freed_memory
 from scanloom.models.attribute_probe import ProbeNetwork, probe_loss, resampled, targets, told
 from scanloom.models.probe_card import CARD, WEIGHTS, ProbeCard, outputs_of
 from scanloom.recipe import NumberAttribute, Recipe
@@ -105,6 +106,8 @@ def train_probe(config: dict[str, Any]) -> dict[str, Any]:
 def _train(job: ProbeJob) -> dict[str, Any]:
     recipe = job.recipe
     torch.set_num_threads(recipe.cpus_per_worker)
+    if not recipe.use_gpu:
+        keep_freed_memory()
     device = ray.train.torch.get_device()
     train, held_out = _scans("train", job), _scans("validation", job)
     card = blank_card(job, train, len(held_out))

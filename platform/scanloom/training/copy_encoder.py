@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scanloom.artefact import Artefact, plan_digest
 from scanloom.errors import ArtefactError, RecipeError
+from scanloom.heap import keep_freed_memory
 from scanloom.models.copy_encoder import CopyEncoder, levels, nt_xent, square_of, weights_of
 from scanloom.recipe import Recipe
 from scanloom.recipe_audit import CopyDetection
@@ -122,6 +123,8 @@ def train_copy_encoder(config: dict[str, Any]) -> dict[str, Any]:
 def _train(job: CopyEncoderJob) -> dict[str, Any]:
     settings = job.settings
     torch.set_num_threads(settings.cpus_per_worker)
+    if not settings.use_gpu:
+        keep_freed_memory()
     squares = _squares(job)
     state = initial(settings, job.size_px, job.seed, ray.train.torch.prepare_model)
 

@@ -1,7 +1,9 @@
 """Latents in memory: what a training worker keeps of the latents artefact.
 
-A scan of 64x64 is 4 KB of latents, so a million fit into a host's memory; one pass over the Ray Data stream fills it,
-and every epoch after that costs no I/O and has a known order. Of prompts only the distinct ones are held.
+A scan of 64x64 is 4 KB of latents, so a million fit into a host's memory; reading the shards once fills it, and every
+epoch after that costs no I/O and has a known order. Each worker needs all of them and reads them itself: Ray Data would
+pass every row through the object store, and leave processes of its own beside the training. Of prompts only the
+distinct ones are held.
 
 Legend of shape suffixes: N rows, U distinct prompts, L text tokens, D token width, P width of the pooled text,
 B batch, A attributes, F feature columns.
@@ -10,7 +12,9 @@ B batch, A attributes, F feature columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -22,8 +26,11 @@ from scanloom.artefact import Artefact
 from scanloom.attributes import AttributeSchema
 from scanloom.errors import ArtefactError
 from scanloom.models.conditioner import features
-from scanloom.shards.reader import read_parquet
+from scanloom.shards.reader import parquet_files, read_parquet
 from scanloom.shards.schemas import PROMPTS, SHAPE, prompt_hash
+
+_READERS = 4
+"""Shards on their way at once: what a store takes to answer is waited for once, and memory holds few as bytes."""
 
 
 class Conditions(Protocol):
@@ -90,7 +97,7 @@ class TextConditions:
 
 @dataclass(frozen=True)
 class Latents:
-    """N rows in the order of their ids, so that the order does not depend on how they were streamed."""
+    """N rows in the order of their ids, so that the order does not depend on how they were read."""
 
     mean_NCHW: Tensor
     """float16, as encoded: neither shifted nor scaled."""
@@ -102,10 +109,20 @@ class Latents:
         return len(self.mean_NCHW)
 
 
+def read_latents(latents: Artefact, split: str, shape: tuple[int, int, int], schema: AttributeSchema) -> Latents:
+    """All rows of a split of a latents artefact, conditioned on text where it was encoded for that.
+
+    Raises ArtefactError as `collect` and `read_prompts` do, and where a shard is damaged.
+    """
+    with ThreadPoolExecutor(_READERS) as readers:
+        tables = readers.map(partial(read_parquet, latents.store), parquet_files(latents, split))
+        return collect(tables, shape, schema, read_prompts(latents))
+
+
 def collect(
     batches: Iterable[pa.Table], shape: tuple[int, int, int], schema: AttributeSchema, prompts: Prompts | None = None
 ) -> Latents:
-    """All rows of a stream of latents tables; with `prompts` (see `read_prompts`) conditioned on text.
+    """All rows of latents tables; with `prompts` (see `read_prompts`) conditioned on text.
 
     Raises ArtefactError where there are none, of another shape, or without the attributes or prompts they should have.
     """

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from scanloom.artefact import RECORD, FileEntry, open_artefact
-from scanloom.errors import ArtefactError, RecipeError, StoreError
+from scanloom.errors import RecipeError, StoreError
+from scanloom.heap import keep_freed_memory
 from scanloom.models.autoencoder import load_autoencoder
 from scanloom.models.card import GeneratorCard
 from scanloom.models.family import fetch_weights, initial_denoiser, save_generator, schedule_of
@@ -29,7 +30,7 @@ from scanloom.training.draws import positions
 from scanloom.training.ema import Ema
 from scanloom.training.evaluation import Evaluation, over_workers, row_errors
 from scanloom.training.journal import Journal, read_history, read_samples
-from scanloom.training.latents import Latents, collect, read_prompts
+from scanloom.training.latents import read_latents
 from scanloom.training.meter import Meter, peak_flops, train_flops
 from scanloom.training.partition import Partition
 from scanloom.training.report import training_report
@@ -59,13 +60,14 @@ class FinetuneJob(BaseModel):
 def train_denoiser(config: dict[str, Any]) -> dict[str, Any]:
     """Train a denoiser to its last step and write the generator's folder into the store.
 
-    `config` is a FinetuneJob as a dict; the Ray Train datasets `train` and `validation` hold latents. Metrics are
-    reported every `log_every_steps`, checkpoints by all workers together. Returns the last metrics and, from worker 0,
-    the written files as `files`; or why the recipe cannot be trained as `refused`, which another attempt would not
-    change.
+    `config` is a FinetuneJob as a dict. Metrics are reported every `log_every_steps`, checkpoints by all workers
+    together. Returns the last metrics and, from worker 0, the written files as `files`; or why the recipe cannot be
+    trained as `refused`, which another attempt would not change.
     """
     job = FinetuneJob.model_validate(config)
     torch.set_num_threads(job.recipe.cpus_per_worker)
+    if not job.recipe.use_gpu:
+        keep_freed_memory()
     with tempfile.TemporaryDirectory(prefix="scanloom-finetune-") as scratch:
         try:
             return Run(job, Path(scratch)).train()
@@ -244,8 +246,9 @@ class Run:
 
     def _batches(self, split: str) -> Batches:
         job = self.job
-        latents = _stream(split, job)
-        return Batches(job.recipe, job.seed, latents, self.vae, self.schedule, len(job.card.attributes.declarations))
+        latents = open_artefact(job.latents_uri, "latents")
+        held = read_latents(latents, split, job.card.latent_shape, job.card.attributes)
+        return Batches(job.recipe, job.seed, held, self.vae, self.schedule, len(job.card.attributes.declarations))
 
     def _meter(self, denoiser: nn.Module) -> Meter:
         device = ray.train.torch.get_device() if self.recipe.use_gpu else torch.device("cpu")
@@ -260,15 +263,6 @@ class Run:
         if self.rank != 0:
             return None
         return Journal(self.scratch / JOURNAL, run=self.job.card.name, saved=saved, step=int(self.metrics["step"]))
-
-
-def _stream(split: str, job: FinetuneJob) -> Latents:
-    shard = ray.train.get_dataset_shard(split)
-    if shard is None:
-        raise ArtefactError(f"training was given no {split!r} latents")
-    batches = shard.iter_batches(batch_size=4096, batch_format="pyarrow")
-    prompts = read_prompts(open_artefact(job.latents_uri, "latents"))
-    return collect(batches, job.card.latent_shape, job.card.attributes, prompts)
 
 
 def _finite(values: Tensor) -> bool:

@@ -30,6 +30,7 @@ from torch.nn import functional
 
 from scanloom.artefact import Artefact, FileEntry, plan_digest
 from scanloom.errors import ArtefactError, RecipeError
+from scanloom.heap import keep_freed_memory
 from scanloom.models.autoencoder import build_autoencoder, latent_shape, load_autoencoder, moments
 from scanloom.recipe import Autoencoder, Recipe
 from scanloom.recipe_denoiser import TextDenoiser
@@ -128,6 +129,8 @@ def train_autoencoder(config: dict[str, Any]) -> dict[str, Any]:
 def _train(job: AutoencoderJob) -> dict[str, Any]:
     recipe = job.recipe
     torch.set_num_threads(recipe.cpus_per_worker)
+    if not recipe.use_gpu:
+        keep_freed_memory()
     device = ray.train.torch.get_device()
     scans = _stream("train", job.size_px)[: recipe.max_scans]
     held_out = _stream("validation", job.size_px)[:HELD_OUT_ROWS]

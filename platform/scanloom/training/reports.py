@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 from ray.train import Checkpoint, UserCallback
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
 
 # What fits on a line; the rest is in the journal.
 SHOWN = ("step", "loss", "held_out_loss", "images_per_s", "data_wait_share", "mfu", "copy_rate", "psnr_db", "ssim")
@@ -34,19 +34,19 @@ def following(receive: Callable[[dict[str, float]], None]) -> Iterator[Any]:
     Any: RunConfig's annotation names Tune's callback class, which Train's own does not derive from.
     """
     queue = Queue()
-    ended = threading.Event()
 
     def pump() -> None:
+        # Waits without polling: beside workers that hold every core, each look would be time taken from them.
         with suppress(RayError):
-            while not (ended.is_set() and queue.empty()):
-                with suppress(Empty):
-                    receive(queue.get(timeout=0.5))
+            while (report := queue.get()) is not None:
+                receive(report)
 
     thread = threading.Thread(target=pump, name="training-reports", daemon=True)
     thread.start()
     try:
         yield QueueReports(queue)
     finally:
-        ended.set()
+        with suppress(RayError):
+            queue.put(None)
         thread.join(timeout=10)
         queue.shutdown()
