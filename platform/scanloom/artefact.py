@@ -6,6 +6,7 @@ A folder without a manifest is unfinished, whatever else it holds.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import hashlib
 import importlib.metadata
@@ -54,7 +55,7 @@ class FileEntry(_Record):
         return cls(path=stored.key, bytes=stored.bytes, sha256=stored.sha256)
 
     @classmethod
-    def of_bytes(cls, path: str, data: bytes) -> FileEntry:
+    def of_bytes(cls, path: str, data: builtins.bytes) -> FileEntry:
         """The entry of a file that holds `data`."""
         return cls(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 

@@ -295,8 +295,8 @@ def _appearance(sets: _Sets) -> dict[str, Beside]:
     spectra = [spectral_distance(one.curves(one.spectra_NK), check.curves(check.spectra_NK)) for one in (images, train)]
     levels = [level_distance(one.curves(one.levels_NL), check.curves(check.levels_NL)) for one in (images, train)]
     told = {
-        "spectrum (dB)": Beside.of(Compared(*spectra, len(images))),
-        "grey levels (share of range)": Beside.of(Compared(*levels, len(images))),
+        "spectrum (dB)": Beside.of(Compared(spectra[0], spectra[1], len(images))),
+        "grey levels (share of range)": Beside.of(Compared(levels[0], levels[1], len(images))),
     }
     for name, by_cell in (("MS-SSIM of any two", False), ("MS-SSIM of two of a cell", True)):
         alike = []
