@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Set
 from urllib.parse import urlsplit
 
-from tests.k8s_schema import OTHERS, core_faults, ray_faults
-from tests.k8s_site import GPU, Object, Pod, RayCluster, Site, amount
+from tests.k8s_operators import KINDS
+from tests.k8s_schema import core_faults, ray_faults
+from tests.k8s_site import GPU, QUEUE, Object, Pod, RayCluster, Site, amount
 
 _VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 _DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -17,6 +18,7 @@ _DURATION = re.compile(r"(\d+(\.\d+)?(h|m|s))+|[1-9]\d*")
 _LONGEST_NAME = 47
 _METADATA_SERVER = "169.254.169.254/32"
 _OPTIONAL = {"scanloom-s3", "scanloom-pseudonyms"}
+_OF_CLUSTERS = {"Namespace", "PriorityClass", "ClusterQueue", "ResourceFlavor"}
 
 
 _WORDS: Mapping[str, Set[str]] = {
@@ -39,13 +41,11 @@ def schemas(site: Site) -> Iterator[str]:
             found = [fault for version in site.versions for fault in ray_faults(thing, version)]
         else:
             found = list(core_faults(thing))
-        yield from (f"{where}: {fault}" for fault in (*found, *(() if _is_elses(thing) else _unknown_words(thing))))
+        if (thing["apiVersion"], thing["kind"]) not in KINDS:
+            found += _unknown_words(thing)
+        yield from (f"{where}: {fault}" for fault in found)
     for pod in site.pods():
         yield from (f"{pod.where}: {fault}" for fault in core_faults(pod.as_object()))
-
-
-def _is_elses(thing: Object) -> bool:
-    return (thing["apiVersion"], thing["kind"]) in OTHERS
 
 
 def _unknown_words(node: object) -> Iterator[str]:
@@ -200,7 +200,7 @@ def _job_faults(job: Object, cluster: RayCluster) -> Iterator[str]:
         yield "SidecarMode has no submitter"
     if spec.get("activeDeadlineSeconds", 1) <= 0 or spec.get("backoffLimit", 0) < 0:
         yield "activeDeadlineSeconds or backoffLimit out of range"
-    if "kueue.x-k8s.io/queue-name" in job["metadata"].get("labels", {}):
+    if QUEUE in job["metadata"].get("labels", {}):
         if not (spec.get("suspend") and ends):
             yield "Kueue wants suspend and shutdownAfterJobFinishes"
         if cluster.autoscales or len(cluster.workers) > 7:
@@ -282,7 +282,7 @@ def references(site: Site) -> Iterator[str]:
     held["Secret"] |= {thing["spec"]["target"]["name"] for thing in site.of_kind("ExternalSecret")} | site.own_secrets
     held["ConfigMap"].add("kube-root-ca.crt")
     for thing in site.objects:
-        if thing["kind"] not in ("Namespace", "PriorityClass") and thing["metadata"].get("namespace") != "scanloom":
+        if thing["kind"] not in _OF_CLUSTERS and thing["metadata"].get("namespace") != "scanloom":
             yield f"{thing['kind']} {thing['metadata']['name']}: not in the namespace scanloom"
     for pod in site.pods():
         for kind, name in _named(pod):
@@ -428,14 +428,50 @@ def monitors(site: Site) -> Iterator[str]:
 
 
 def routes(site: Site) -> Iterator[str]:
-    """What is routed from outside: the service's port, longer than its longest request, and not its metrics."""
+    """What is routed from outside: by a Gateway that has its certificate, to the service's port, without metrics."""
+    certified = site.own_secrets | {thing["spec"]["target"]["name"] for thing in site.of_kind("ExternalSecret")}
+    for gateway in site.of_kind("Gateway"):
+        for listener in gateway["spec"]["listeners"]:
+            for reference in listener.get("tls", {}).get("certificateRefs", ()):
+                if reference["name"] not in certified:
+                    yield f"Gateway {gateway['metadata']['name']}: no Secret {reference['name']}"
     for route in site.of_kind("HTTPRoute"):
+        for parent in route["spec"]["parentRefs"]:
+            gateway = site.named("Gateway", parent["name"]) or {"spec": {"listeners": ()}}
+            heard = {listener.get("hostname") for listener in gateway["spec"]["listeners"]}
+            if deaf := [name for name in route["spec"]["hostnames"] if not heard & {name, None}]:
+                yield f"HTTPRoute {route['metadata']['name']}: Gateway {parent['name']} does not listen to {deaf}"
         for rule in route["spec"]["rules"]:
             if any(m["path"]["value"] in ("/", "/metrics") for m in rule.get("matches", ({"path": {"value": "/"}},))):
                 yield f"HTTPRoute {route['metadata']['name']}: routes /metrics to the world"
             for backend in rule["backendRefs"]:
                 if backend != {"name": f"{site.service['metadata']['name']}-serve-svc", "port": 8000}:
                     yield f"HTTPRoute {route['metadata']['name']}: {backend} is not the Service of the RayService"
+
+
+def queues(site: Site) -> Iterator[str]:
+    """Jobs that wait in a queue of Kueue leave it one day: it is there, and has all that one job asks for."""
+    held: dict[str, dict[str, float]] = {}
+    for queue in site.of_kind("ClusterQueue"):
+        name, quotas = queue["metadata"]["name"], held.setdefault(queue["metadata"]["name"], {})
+        if queue["spec"]["namespaceSelector"]["matchLabels"] != {"kubernetes.io/metadata.name": "scanloom"}:
+            yield f"ClusterQueue {name}: takes no jobs of the namespace scanloom alone"
+        for flavor in (flavor for group in queue["spec"]["resourceGroups"] for flavor in group["flavors"]):
+            if site.named("ResourceFlavor", flavor["name"]) is None:
+                yield f"ClusterQueue {name}: no ResourceFlavor {flavor['name']}"
+            quotas |= {resource["name"]: amount(resource["nominalQuota"]) for resource in flavor["resources"]}
+    for cluster in site.clusters:
+        job = cluster.owner
+        if (name := job["metadata"].get("labels", {}).get(QUEUE)) is None:
+            continue
+        local = site.named("LocalQueue", name)
+        quota = held.get(local["spec"]["clusterQueue"]) if local else None
+        if quota is None:
+            yield f"RayJob {job['metadata']['name']}: no LocalQueue {name}, or no ClusterQueue behind it"
+            continue
+        for resource in sorted({r for pod in (cluster.head, *cluster.workers) for r in pod.resources}):
+            if most(cluster, resource) > quota.get(resource, 0):
+                yield f"RayJob {job['metadata']['name']}: asks for more {resource} than queue {name} will ever have"
 
 
 def entrypoint(job: Object) -> tuple[str, list[str]]:
@@ -447,5 +483,5 @@ def entrypoint(job: Object) -> tuple[str, list[str]]:
 
 
 CHECKS: tuple[Callable[[Site], Iterator[str]], ...] = (
-    schemas, restricted, operator, clusters, references, images, network, budgets, monitors, routes,
+    schemas, restricted, operator, clusters, references, images, network, budgets, monitors, routes, queues,
 )  # fmt: skip

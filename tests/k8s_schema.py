@@ -1,9 +1,11 @@
 """Kubernetes objects checked as an API server checks them, without one: core kinds by the published schemas, Ray's
-kinds by the schemas and rules (CEL) of KubeRay's resource definitions, unknown keys refused everywhere."""
+kinds by the schemas and rules (CEL) of KubeRay's resource definitions, other operators' by models of their kinds
+(k8s_operators.py), unknown keys refused everywhere."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -11,23 +13,18 @@ from typing import Any
 
 import cel
 import jsonschema
-import kubernetes_validate
 import yaml
+from jsonschema.exceptions import best_match
+from kubernetes_validate.utils import all_versions, major_minor, schema_contents
+from referencing import Registry, Resource
+
+from tests.k8s_operators import KINDS, operator_faults
 
 Object = dict[str, Any]
 
 DEFINITIONS = Path(__file__).resolve().parents[2] / "shared" / "k8s-crds"
 KUBERNETES = ("1.30", "1.37")
 """The oldest version that is meant, and the newest."""
-OTHERS = {
-    ("monitoring.coreos.com/v1", "PodMonitor"), ("monitoring.coreos.com/v1", "PrometheusRule"),
-    ("external-secrets.io/v1", "ExternalSecret"), ("gateway.networking.k8s.io/v1", "Gateway"),
-    ("gateway.networking.k8s.io/v1", "HTTPRoute"), ("kueue.x-k8s.io/v1beta2", "ResourceFlavor"),
-    ("kueue.x-k8s.io/v1beta2", "ClusterQueue"), ("kueue.x-k8s.io/v1beta2", "LocalQueue"),
-}  # fmt: skip
-"""Kinds whose schemas are nowhere here; that they exist is all that is known of them."""
-
-
 _KEPT = ("enum", "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength", "pattern", "required")
 
 
@@ -37,7 +34,7 @@ def kuberay_versions() -> list[str]:
 
 
 def core_faults(thing: Object) -> Iterator[str]:
-    """What the schemas of Kubernetes itself say against an object of a core kind."""
+    """What speaks against an object of a core kind by Kubernetes' schemas, of another operator's by its model."""
     text = json.dumps(thing, sort_keys=True)
     yield from (fault for version in KUBERNETES for fault in _core_faults(text, version))
 
@@ -50,14 +47,35 @@ def ray_faults(thing: Object, version: str) -> Iterator[str]:
 @cache
 def _core_faults(text: str, version: str) -> tuple[str, ...]:
     thing = json.loads(text)
+    if (thing["apiVersion"], thing["kind"]) in KINDS:
+        return tuple(operator_faults(thing)) if version == KUBERNETES[-1] else ()
+    validator = _core_validator(version, thing["apiVersion"], thing["kind"])
+    if validator is None:
+        return (f"Kubernetes {version}: no kind {thing['kind']} of {thing['apiVersion']}",)
+    error = best_match(validator.iter_errors(thing))
+    return (f"Kubernetes {version}: {_place(error.absolute_path)}: {error.message}",) if error else ()
+
+
+@cache
+def _core_validator(version: str, api: str, kind: str) -> jsonschema.Draft202012Validator | None:
+    """What kubernetes_validate's `validate(..., strict=True)` makes anew at every call; None for an unknown kind."""
+    group = re.sub(r"^([^./]*)(\.[^/]*)?/", r"\1-", api)
     try:
-        kubernetes_validate.validate(thing, version, strict=True)
-    except kubernetes_validate.SchemaNotFoundError:
-        known = (thing["apiVersion"], thing["kind"]) in OTHERS
-        return () if known else (f"Kubernetes {version}: no kind {thing['kind']} of {thing['apiVersion']}",)
-    except kubernetes_validate.ValidationError as error:
-        return (f"Kubernetes {version}: {_place(error.absolute_path)}: {error.message}",)
-    return ()
+        schema = schema_contents(f"{_folder(version)}/{kind.lower()}-{group}.json", version)
+    except FileNotFoundError:
+        return None
+    return jsonschema.Draft202012Validator(schema, registry=Resource.from_contents(schema) @ _core_definitions(version))
+
+
+@cache
+def _core_definitions(version: str) -> Registry[Any]:
+    definitions = schema_contents(f"{_folder(version)}/_definitions.json", version)
+    return Resource.from_contents(definitions) @ Registry()
+
+
+def _folder(version: str) -> str:
+    whole = [known for known in all_versions() if major_minor(known) == version][-1]
+    return f"kubernetes-json-schema/v{whole}-local-strict"
 
 
 @cache

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OVERLAYS = ROOT / "k8s" / "overlays"
 _UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 GPU = "nvidia.com/gpu"
+QUEUE = "kueue.x-k8s.io/queue-name"
+"""Label of jobs that wait in a queue of Kueue."""
 
 
 def kubectl() -> str | None:
@@ -76,6 +78,11 @@ class Pod:
     def asks(self, resource: str, of: str = "requests") -> float:
         """Sum over its containers."""
         return sum(amount(c.get("resources", {}).get(of, {}).get(resource, 0)) for c in self.spec["containers"])
+
+    @property
+    def resources(self) -> set[str]:
+        """Names of what its containers ask for."""
+        return {name for c in self.spec["containers"] for name in c.get("resources", {}).get("requests", {})}
 
     def as_object(self) -> Object:
         """It alone, for schemas of core kinds."""
@@ -171,9 +178,12 @@ def cluster_spec(thing: Object) -> Object:
 
 @cache
 def site(name: str, versions: tuple[str, ...]) -> Site:
-    """An overlay with its jobs; not to be changed."""
+    """An overlay with its jobs, and the queues where they wait in some; not to be changed."""
     folder = OVERLAYS / name
     made = {"scanloom-tls", "scanloom-redis"} | (
         {"scanloom-api-keys", "scanloom-release"} if name == "dev-cpu" else set()
     )
-    return Site(name, [*objects(folder), *objects(folder / "jobs")], versions, frozenset(made))
+    things = [*objects(folder), *objects(folder / "jobs")]
+    if any(QUEUE in thing["metadata"].get("labels", {}) for thing in things):
+        things += objects(ROOT / "k8s" / "components" / "kueue" / "queues")
+    return Site(name, things, versions, frozenset(made))

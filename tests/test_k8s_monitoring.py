@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import runpy
@@ -130,35 +129,6 @@ def test_panels_lie_beside_each_other() -> None:
         assert len(cells) == len(set(cells))
         assert max(x for x, _ in cells) < 24
         assert len({panel["id"] for panel in panels}) == len(panels)
-
-
-# --- the operator's kinds -----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("cloudcoil") is None, reason="no models: pip install cloudcoil-models-prometheus-operator"
-)
-def test_monitors_and_rules_are_what_prometheus_operator_takes() -> None:
-    """Models made of its definitions: types and patterns by them, unknown keys by what they leave out."""
-    from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
-
-    def faults(model: Any, thing: dict[str, Any]) -> str:
-        try:
-            read = model.model_validate(thing)
-        except ValueError as error:
-            return str(error)
-        kept = read.model_dump(by_alias=True, exclude_unset=True, mode="json")
-        return "" if kept == thing else "a key is unknown"
-
-    monitor, rules = (
-        yaml.safe_load((MONITORING / name).read_text(encoding="utf-8")) for name in ("podmonitors.yaml", "rules.yaml")
-    )
-    assert (faults(PodMonitor, monitor), faults(PrometheusRule, rules)) == ("", "")
-    monitor["spec"]["podMetricsEndpoints"][0]["prot"] = "metrics"
-    rules["spec"]["groups"][0]["rules"][0]["for"] = "5 minutes"
-    assert faults(PodMonitor, monitor) == "a key is unknown"
-    assert "groups.0.rules.0.for" in faults(PrometheusRule, rules)
 
 
 # --- promtool -------------------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from tests import k8s_rules, k8s_settings
+from tests.k8s_operators import HAS_PROMETHEUS
 from tests.k8s_schema import DEFINITIONS, kuberay_versions
 from tests.k8s_site import GPU, Site, kubectl
 from tests.test_k8s import whole
@@ -27,6 +28,8 @@ RELEASE = "RayJob scanloom-release"
 POD = "template.spec"
 CONFIG = (SERVICE, "spec.serveConfigV2")
 RECIPE = ("ConfigMap scanloom-recipe", "data.recipe~yaml")
+SECRET, ROUTE, QUEUE = "ExternalSecret scanloom-api-keys", "HTTPRoute scanloom", "ClusterQueue scanloom"
+LISTENER, RULE, FLAVOR = "spec.listeners.0", "spec.rules.0", "spec.resourceGroups.0.flavors.0"
 OF_THE_HOST = {"name": "host", "hostPath": {"path": "/"}}
 COMMAND = "python -m jobs.generate /etc/scanloom/recipe.yaml"
 CONTAINER = f"{ENGINES}.{POD}.containers.0"
@@ -48,12 +51,12 @@ class Mutant:
 
     def put(self) -> Site:
         original = whole(self.overlay)
-        things = copy.deepcopy(list(original.objects))
         kind, name = self.target.split()
-        [thing] = [t for t in things if (t["kind"], t["metadata"]["name"]) == (kind, name)]
+        [thing] = [t for t in original.objects if (t["kind"], t["metadata"]["name"]) == (kind, name)]
+        others = [t for t in original.objects if t is not thing]
         if not self.path:
-            things.remove(thing)
-            return Site(original.name, things, original.versions, original.own_secrets)
+            return replace(original, objects=others)
+        thing = copy.deepcopy(thing)
         *parents, last = self.path.split(".")
         last = last.replace("~", ".")
         node: Any = thing
@@ -64,7 +67,7 @@ class Mutant:
             del node[key]
         else:
             node[key] = self.value(node[key]) if callable(self.value) else self.value
-        return Site(original.name, things, original.versions, original.own_secrets)
+        return replace(original, objects=[*others, thing])
 
 
 def replaced(before: str, after: str) -> Callable[[str], str]:
@@ -157,6 +160,42 @@ FAULTS: Sequence[Mutant] = (
     Mutant(SERVICE, f"{HEAD}.{POD}.containers.0.ports.1", REMOVED, "has no port dashboard"),
     Mutant("HTTPRoute scanloom", "spec.rules.0.matches", [{"path": {"value": "/"}}], "/metrics to the"),
     Mutant("HTTPRoute scanloom", "spec.rules.0.backendRefs.0.name", "scanloom", "is not the Service"),
+    # Kinds of other operators: their keys and values, and that they fit the rest.
+    Mutant(SECRET, "apiVersion", "external-secrets.io/v1beta1", "no kind ExternalSecret of"),
+    Mutant(SECRET, "spec.refreshInterval", "1 hour", "spec.refreshInterval: String should match"),
+    Mutant(SECRET, "spec.secretStoreRef.kind", "ClusterStore", "Input should be 'SecretStore' or"),
+    Mutant(SECRET, "spec.target.creationPolicy", "owner", "spec.target.creationPolicy: Input should be 'Owner'"),
+    Mutant(SECRET, "spec.data.0.remoteRef.path", "a", "spec.data.0.remoteRef.path: Extra inputs"),
+    Mutant(SECRET, "spec.data.0.remoteRef.key", REMOVED, "spec.data.0.remoteRef.key: Field required"),
+    Mutant(SECRET, "spec.data.0.secretKey", "keys/keys.yaml", "spec.data.0.secretKey: String should match"),
+    Mutant("Gateway scanloom", f"{LISTENER}.tls.mode", "Passthrough", "tls mode must be Terminate"),
+    Mutant("Gateway scanloom", f"{LISTENER}.tls.certificateRefs", [], "certificateRefs must be specified"),
+    Mutant("Gateway scanloom", f"{LISTENER}.tls", REMOVED, "tls is required for protocol HTTPS"),
+    Mutant("Gateway scanloom", f"{LISTENER}.protocol", "https", "spec.listeners.0.protocol: Input should be"),
+    Mutant("Gateway scanloom", f"{LISTENER}.protocol", "HTTP", "tls must not be specified for protocol HTTP"),
+    Mutant("Gateway scanloom", f"{LISTENER}.allowedRoutes.namespaces.from", "same", "Input should be 'All', 'Same'"),
+    Mutant("Gateway scanloom", "spec.listeners", lambda v: v * 2, "must be unique"),
+    Mutant("Gateway scanloom", f"{LISTENER}.tls.certificateRefs.0.name", "tls", "Gateway scanloom: no Secret tls"),
+    Mutant("Gateway scanloom", f"{LISTENER}.hostname", "other.example.com", "does not listen to"),
+    Mutant("Gateway scanloom", "", REMOVED, "Gateway scanloom does not listen to"),
+    Mutant(ROUTE, f"{RULE}.matches.0.path.type", "Prefix", "path.type: Input should be 'Exact'"),
+    Mutant(ROUTE, f"{RULE}.matches.0.path.value", "v1", "path.value: String should match"),
+    Mutant(ROUTE, f"{RULE}.timeouts.request", "5m 40s", "timeouts.request: String should match"),
+    Mutant(ROUTE, f"{RULE}.timeouts.backendRequest", "1h", "backendRequest timeout cannot be longer"),
+    Mutant(ROUTE, f"{RULE}.backendRefs.0.port", REMOVED, "backendRefs.0.port: Field required"),
+    Mutant(ROUTE, f"{RULE}.backendRefs.0.port", "8000", "should be a valid integer"),
+    Mutant(ROUTE, "spec.parentRef", {"name": "scanloom"}, "spec.parentRef: Extra inputs"),
+    Mutant(QUEUE, "spec.cohort", "all", "spec.cohort: Extra inputs", "staging"),
+    Mutant(QUEUE, "spec.queueingStrategy", "FIFO", "queueingStrategy: Input should be", "staging"),
+    Mutant(QUEUE, "spec.preemption.withinClusterQueue", "Lower", "withinClusterQueue: Input should be", "staging"),
+    Mutant(QUEUE, f"{FLAVOR}.resources.1.nominalQuota", "1TB", "nominalQuota: String should match", "staging"),
+    Mutant(QUEUE, f"{FLAVOR}.resources.3", REMOVED, "must list all of coveredResources", "staging"),
+    Mutant(QUEUE, f"{FLAVOR}.resources.2.nominalQuota", "1", "more nvidia.com/gpu than queue", "staging"),
+    Mutant(QUEUE, f"{FLAVOR}.name", "gpus", "no ResourceFlavor gpus", "staging"),
+    Mutant(QUEUE, "spec.namespaceSelector.matchLabels", {"team": "a"}, "no jobs of the namespace scanloom", "staging"),
+    Mutant("LocalQueue scanloom", "spec.clusterQueue", "scanlom", "no ClusterQueue behind it", "staging"),
+    Mutant("LocalQueue scanloom", "metadata.namespace", "default", "not in the namespace scanloom", "staging"),
+    Mutant(JOB, "metadata.labels.kueue~x-k8s~io/queue-name", "gpus", "no LocalQueue gpus", "staging"),
     # Settings of the service.
     Mutant(*CONFIG, replaced("slots:", "slot:"), "did you mean 'slots'"),
     Mutant(*CONFIG, replaced("proxy_location", "proxy_loc"), "unknown key 'proxy_loc'"),
@@ -170,7 +209,7 @@ FAULTS: Sequence[Mutant] = (
     Mutant(*CONFIG, replaced("/etc/scanloom/keys", "/etc/keys"), "is mounted nowhere"),
     Mutant(*CONFIG, replaced("s3://your-bucket/served", "served"), "each pod has its own of"),
     Mutant(SERVICE, "spec.rayClusterDeletionDelaySeconds", 60, "an upgrade cuts requests off"),
-    Mutant("HTTPRoute scanloom", "spec.rules.0.timeouts.request", "60s", "times out before"),
+    Mutant(ROUTE, f"{RULE}.timeouts", {"request": "60s", "backendRequest": "60s"}, "times out before"),
     Mutant(SERVICE, f"{ENGINES}.maxReplicas", 2, "4 GPUs are needed, 2 are there"),
     # Jobs.
     Mutant(JOB, "spec.entrypoint", "python -m jobs.generat /etc/scanloom/recipe.yaml", "no job generat"),
@@ -190,6 +229,15 @@ FAULTS: Sequence[Mutant] = (
     Mutant(*RECIPE, replaced("s3://your-bucket/nih-cxr", "runs"), "each pod has its own of"),
 )  # fmt: skip
 
+OF_PROMETHEUS: Sequence[Mutant] = (
+    Mutant("PodMonitor scanloom-ray", "spec.podMetricsEndpoints.0.prot", "metrics", "0.prot"),
+    Mutant("PodMonitor scanloom-ray", "spec.podMetricsEndpoints.0.interval", "15 s", "should match pattern"),
+    Mutant("PodMonitor scanloom-ray", "spec.selectors", {}, "unknown keys: spec.selectors"),
+    Mutant("PrometheusRule scanloom", "spec.groups.0.rules.0.for", "5 minutes", "groups.0.rules.0.for"),
+    Mutant("PrometheusRule scanloom", "spec.groups.0.rules.0.expr", REMOVED, "rules.0.expr: Field required"),
+    Mutant("PrometheusRule scanloom", "spec.groups.0.rules.0.annotation", {}, "rules.0.annotation"),
+)
+
 
 def faults(found: Site) -> Iterator[str]:
     first = list(k8s_rules.schemas(found))
@@ -200,6 +248,16 @@ def faults(found: Site) -> Iterator[str]:
 
 @pytest.mark.parametrize("mutant", FAULTS, ids=str)
 def test_a_fault_is_found(mutant: Mutant) -> None:
+    require_found(mutant)
+
+
+@pytest.mark.skipif(not HAS_PROMETHEUS, reason="no models: pip install cloudcoil-models-prometheus-operator")
+@pytest.mark.parametrize("mutant", OF_PROMETHEUS, ids=str)
+def test_a_fault_in_what_prometheus_operator_reads_is_found(mutant: Mutant) -> None:
+    require_found(mutant)
+
+
+def require_found(mutant: Mutant) -> None:
     told = []
     for fault in faults(mutant.put()):
         told.append(fault)
