@@ -11,9 +11,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
-import ray.data
+import ray
 
 from jobs.cluster import connected, run_recipe
 from scanloom import console
@@ -28,12 +29,6 @@ from scanloom.scans.sources import locate
 from scanloom.scans.tally import SPLITS
 from scanloom.shards.commit import ShardCommit, committed, committed_shards
 from scanloom.store import Store
-
-# A driver that tracks more tasks than this spends its time on them; units then share a task.
-MOST_TASKS = 2000
-# A worker: tasks start at once, but Ray Data takes up to 0.2 s to start the next. Actors take seconds to start, and
-# then have their next units at hand.
-FEW_UNITS = 6
 
 
 def prepare(recipe: Recipe) -> None:
@@ -57,6 +52,8 @@ def stage(plan: CurationPlan) -> dict[int, ShardCommit]:
     """Read every unit that is not staged yet, or take it over from the version before; all the staged shards."""
     present = committed_shards(plan.curation.store.at(STAGING))
     missing = [unit for unit in plan.units if unit.index not in present]
+    # The largest first: at the end no worker is left with much of one while the others have nothing to do.
+    missing.sort(key=lambda unit: sum(file.bytes for file in unit.files), reverse=True)
     rows = [{"unit": unit.model_dump_json(), "taken_over": plan.taken_over_json(unit.index)} for unit in missing]
     _distribute("read", rows, curate.stage_unit, plan)
     return curate.staged(plan.curation)
@@ -76,23 +73,26 @@ def _settle(plan: CurationPlan, shards: Mapping[int, ShardCommit]) -> None:
 def _distribute(
     what: str, rows: Sequence[Mapping[str, Any]], work: Callable[..., dict[str, int]], plan: CurationPlan
 ) -> None:
-    """Run a function of the library on each row on Ray's workers; it returns counts for the progress line."""
-    if not rows:
-        return
-    units: ray.data.Dataset = ray.data.from_items(list(rows), override_num_blocks=min(len(rows), MOST_TASKS))
-    workers = plan.section.workers
-    if len(rows) > FEW_UNITS * workers:
-        actors = ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=4)
-        worker: Any = curate.UnitWorker  # Ray's annotation of `map` leaves out the classes that it takes
-        done = units.map(worker, fn_constructor_args=(work, plan.curation), num_cpus=1, compute=actors)
-    else:
-        tasks = ray.data.TaskPoolStrategy(size=min(workers, len(rows)))
-        done = units.map(work, fn_kwargs={"curation": plan.curation}, num_cpus=1, compute=tasks)
+    """Run a function of the library on each row on Ray's workers; it returns counts for the progress line.
+
+    Units flow nowhere: what Ray Data does many times a second for data that does, workers on every core would pay for.
+    """
+    unit = ray.remote(num_cpus=1, max_retries=-1, scheduling_strategy="SPREAD")(work)
+    left = (unit.remote(row, plan.curation) for row in rows)
+    running = list(islice(left, plan.section.workers))
     totals: Counter[str] = Counter()
     with console.progress(what, len(plan.listing.units), "units", done=len(plan.listing.units) - len(rows)) as advance:
-        for counts in done.iter_rows():
-            totals.update(counts)
-            advance(1, **totals)
+        try:
+            while running:
+                done, running = ray.wait(running)
+                # First the next units: a worker waits for them.
+                running += islice(left, len(done))
+                for counts in ray.get(done):
+                    totals.update(counts)
+                    advance(1, **totals)
+        finally:
+            for task in running:
+                ray.cancel(task)
 
 
 def _publish(plan: CurationPlan, recipe: Recipe) -> Artefact:

@@ -212,15 +212,14 @@ def test_drivers_killed_while_they_stage_and_while_they_commit_leave_the_same_co
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2], ids=["actors", "tasks"])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_killed_while_they_read_cost_nothing(
     nih_dicom: Path, tmp_path: Path, undisturbed: Artefact, workers: int
 ) -> None:
-    """One worker has so many units that it is an actor."""
     driver = start(arguments(tmp_path, nih_dicom, f"prepare.workers={workers}"))
     killed = 0
     while driver.poll() is None and killed < 3:
-        working = named(driver.pid, "stage_unit", "UnitWorker")
+        working = named(driver.pid, "stage_unit")
         killed += sum(kill(process) for process in working[:1])
         time.sleep(1.0 if working else 0.05)
     finish(driver)

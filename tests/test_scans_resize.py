@@ -111,3 +111,16 @@ def test_pixels_that_are_not_square_are_made_so_where_their_number_fits_already(
     # Rows are doubled and half of the columns stays.
     np.testing.assert_allclose(np.diff(square.pixels.astype(int), axis=0)[4:-4], 16, atol=3)
     np.testing.assert_array_equal(np.diff(square.pixels.astype(int), axis=1)[4:-4], 1)
+
+
+@pytest.mark.parametrize("times", [(1, 2), (2, 2), (3, 3), (4, 4), (5, 1), (16, 16), (32, 32)])
+def test_whole_pixels_are_averaged_to_the_nearest_value_whatever_their_number(times: tuple[int, int]) -> None:
+    """Also of the largest values there are, and of two as near: then it is the even one."""
+    down, across = times
+    pixels = np.random.default_rng(2).integers(0, 65536, (32 * down, 32 * across), dtype=np.uint16)
+    pixels[: 4 * down] = 65535
+    pixels[4 * down : 8 * down, ::2] = 1
+    pixels[4 * down : 8 * down, 1::2] = 2
+    exact = pixels.reshape(32, down, 32, across).mean(axis=(1, 3), dtype=np.float64)
+    square = fit(ScanImage(pixels, Geometry((1.0 / down, 1.0 / across))), 32, "letterbox")
+    np.testing.assert_array_equal(square.pixels, np.rint(exact))

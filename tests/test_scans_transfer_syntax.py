@@ -18,7 +18,7 @@ from pydicom.dataset import FileDataset
 from pydicom.encaps import encapsulate, encapsulate_extended
 
 from scanloom.recipe import Decode
-from scanloom.scans.codestream import jpeg2000_header, jpeg_header, jpegxl_header
+from scanloom.scans.codestream import jpeg2000_header, jpeg_header, jpegls_header, jpegxl_header
 from scanloom.scans.decode import read_instance, stored_frames
 from scanloom.scans.transfer_syntax import DECODERS, NATIVE
 from tests.decoded import refusal, stored
@@ -373,6 +373,18 @@ def test_headers_that_only_cost_time_are_refused() -> None:
     scan = progressive[progressive.index(b"\xff\xda") : -2]
     with pytest.raises(ValueError, match="scans"):
         jpeg_header(progressive[:-2] + scan * 100 + b"\xff\xd9")
+
+
+def test_jpeg_ls_that_is_cut_has_no_end_or_repeats_its_scan_is_refused() -> None:
+    """By CharLS: its header is read no further than the size."""
+    whole = bytes(imagecodecs.jpegls_encode(radiograph(16)))
+    scan = whole[whole.index(b"\xff\xda") : -2]
+    made = dataset(radiograph(16), bits_stored=16)
+    with pytest.raises(ValueError, match="no start of frame"):
+        jpegls_header(whole[:12])
+    for bad in (whole[:-2], whole[: len(whole) // 2] + whole[-2:], whole[:-2] + scan * 100 + whole[-2:]):
+        assert jpegls_header(bad) == jpegls_header(whole)
+        assert refusal(wrapped(made, bad, uid.JPEGLSLossless)) == ("undecodable-pixels", "PixelData")
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (48, 40), (100, 120), (120, 160), (90, 160), (301, 777), (9, 3000)])

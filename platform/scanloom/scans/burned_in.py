@@ -98,10 +98,15 @@ def text_lines(pixels: Pixels) -> tuple[TextLine, ...]:
         return ()
     low, high = _block_extremes(gray)
     floor = _least_contrast(gray, low, high)
+    windows = list(_windows(low, high, floor))
+    if not windows:
+        return ()
+    # Of the whole scan at once: the windows are many and small.
+    across, down = _rises(gray, floor), _rises(gray.T, floor)
     found = [
         line
-        for window in _windows(low, high, floor)
-        if _is_busy(gray, window, floor)
+        for window in windows
+        if _is_busy(across, down, window)
         for glyphs in _glyphs(gray, low, high, window, floor)
         for line in _lines(glyphs)
     ]
@@ -137,11 +142,22 @@ def _least_contrast(gray: Gray, low: Gray, high: Gray) -> int:
 
     What a block spans is grain or, in a small scan, the slope of anatomy; what bends within five pixels is grain.
     """
-    spans = float(np.percentile((high - low)[::3, ::3], 75))
+    spans = _upper_quartile((high - low)[::3, ::3])
+    if 2.0 * spans <= LEAST_CONTRAST:
+        return LEAST_CONTRAST
     rows = gray[5::11].astype(np.int16)
     bends = np.abs(rows[:, 4:] + rows[:, :-4] - 2 * rows[:, 2:-2])
-    grain = min(spans, 2.0 * float(np.percentile(bends[:, ::3], 75)))
+    grain = min(spans, 2.0 * _upper_quartile(bends[:, ::3]))
     return int(max(LEAST_CONTRAST, min(2.0 * grain, 120.0)))
+
+
+def _upper_quartile(values: npt.NDArray[Any]) -> float:
+    """What `np.percentile(values, 75)` gives, in a third of its time."""
+    below, part = divmod(0.75 * (values.size - 1), 1.0)
+    place = int(below)
+    above = min(place + 1, values.size - 1)
+    ordered = np.partition(values, (place, above), axis=None)
+    return float(ordered[place]) + part * (float(ordered[above]) - float(ordered[place]))
 
 
 def _windows(low: Gray, high: Gray, floor: int) -> Iterator[Window]:
@@ -165,20 +181,23 @@ def _windows(low: Gray, high: Gray, floor: int) -> Iterator[Window]:
 
 def _split(cells: Mask, top: int, left: int) -> Iterator[Window]:
     """The box of the cells, or, where it is large and mostly empty (a frame, a tube), those of its two parts."""
-    rows, columns = np.flatnonzero(cells.any(axis=1)), np.flatnonzero(cells.any(axis=0))
+    # A scan's cells are few, and cut a hundred times: what NumPy's functions do around their loops is what this costs.
+    of_rows, of_columns = np.add.reduce(cells, 1, np.int64), np.add.reduce(cells, 0, np.int64)
+    rows, columns = of_rows.nonzero()[0], of_columns.nonzero()[0]
     if not len(rows):
         return
-    cells = cells[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    top, left = top + int(rows[0]), left + int(columns[0])
+    kept = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+    cells, of_rows, of_columns = cells[kept], of_rows[kept[0]], of_columns[kept[1]]
+    top, left = top + kept[0].start, left + kept[1].start
     height, width = cells.shape
-    if cells.size <= 64 or cells.sum() > 0.5 * cells.size:
+    if cells.size <= 64 or np.add.reduce(of_rows) > 0.5 * cells.size:
         yield top, left, top + height, left + width
     elif height >= width:
-        cut = _gap(cells.sum(axis=1))
+        cut = _gap(of_rows)
         yield from _split(cells[:cut], top, left)
         yield from _split(cells[cut:], top + cut, left)
     else:
-        cut = _gap(cells.sum(axis=0))
+        cut = _gap(of_columns)
         yield from _split(cells[:, :cut], top, left)
         yield from _split(cells[:, cut:], top, left + cut)
 
@@ -187,20 +206,30 @@ def _gap(counts: Whole) -> int:
     """Where to cut: at the emptiest place of the middle half, so that lines stay whole where they can."""
     start = len(counts) // 4
     between = counts[start : len(counts) - start] + counts[start - 1 : len(counts) - start - 1]
-    return start + int(np.argmin(between))
+    return start + int(between.argmin())
 
 
-def _is_busy(gray: Gray, window: Window, floor: int) -> bool:
-    """Whether rows or columns through the window rise as often as they do through a line of text."""
+def _rises(gray: Gray, floor: int) -> Mask:
+    """Where along the rows a steep rise begins: its third column at [r, c] is c + 3."""
+    steep = floor * 3 // 4
+    steps = gray[:, 2:] > np.minimum(gray[:, :-2], 255 - steep) + np.uint8(steep)
+    return np.asarray(steps[:, 1:] > steps[:, :-1])
+
+
+def _is_busy(across: Mask, down: Mask, window: Window) -> bool:
+    """Whether rows or columns through the window rise as often as they do through a line of text.
+
+    `across` are the rises along the rows of the scan, `down` those along its columns, rows and columns exchanged.
+    """
     top, left, bottom, right = (CELL * edge for edge in window)
-    part = gray[max(0, top - CELL) : bottom + CELL, max(0, left - CELL) : right + CELL]
-    return _is_crossed(part[::3], floor) or _is_crossed(part[:, ::3].T, floor)
+    top, left, bottom, right = max(0, top - CELL), max(0, left - CELL), bottom + CELL, right + CELL
+    return _is_crossed(across[top:bottom:3, left : right - 3]) or _is_crossed(down[left:right:3, top : bottom - 3])
 
 
-def _is_crossed(rows: Gray, floor: int) -> bool:
-    steps = rows[:, 2:] > np.minimum(rows[:, :-2], 255 - floor * 3 // 4) + np.uint8(floor * 3 // 4)
-    rises = np.count_nonzero(steps[:, 1:] & ~steps[:, :-1], axis=1)
-    return bool(np.count_nonzero(rises >= LEAST_GLYPHS) >= 2)
+def _is_crossed(rises: Mask) -> bool:
+    if np.count_nonzero(rises) < 2 * LEAST_GLYPHS:
+        return False
+    return bool(np.count_nonzero(np.add.reduce(rises, 1, np.int64) >= LEAST_GLYPHS) >= 2)
 
 
 # --- glyphs ---------------------------------------------------------------------------------------------------

@@ -31,13 +31,12 @@ class Codestream:
 
 
 def jpeg_header(frame: bytes) -> Codestream:
-    """Of JPEG (T.81) and JPEG-LS (T.87) up to the frame header. Raises ValueError where there is none, or no end.
+    """Of JPEG (T.81) up to the frame header. Raises ValueError where there is none, or no end, or too many scans.
 
     `colour` is RGB or YBR_FULL if Adobe's marker (transform 0 or 1) or the component names say so, JFIF if only that
     marker does, else empty.
     """
-    if frame[:2] != b"\xff\xd8":
-        raise ValueError("no start of image")
+    header = _frame_header(frame)
     markers = _markers(frame)
     scans = np.flatnonzero(markers == 0xDA)
     if len(scans) > _MOST_SCANS:
@@ -45,6 +44,20 @@ def jpeg_header(frame: bytes) -> Codestream:
     if len(scans) and not (markers[scans[-1] :] == 0xD9).any():
         # libjpeg fills up what is missing with gray and says nothing.
         raise ValueError("no end of image")
+    return header
+
+
+def jpegls_header(frame: bytes) -> Codestream:
+    """Of JPEG-LS (T.87) up to the frame header. Raises ValueError where there is none.
+
+    Scans and end are CharLS's to look for: it refuses more scans than there are components, a cut one and no end.
+    """
+    return _frame_header(frame)
+
+
+def _frame_header(frame: bytes) -> Codestream:
+    if frame[:2] != b"\xff\xd8":
+        raise ValueError("no start of image")
     place, colour = 2, ""
     while place + 4 <= len(frame):
         if frame[place] != 0xFF:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,16 +79,6 @@ def stage_unit(row: Mapping[str, Any], curation: Curation) -> dict[str, int]:
         return {"scans": rows - rejected, "rejected": rejected}
 
 
-class UnitWorker:
-    """`stage_unit` or `settle_unit` in the form that Ray Data's actors take."""
-
-    def __init__(self, work: Callable[[Mapping[str, Any], Curation], dict[str, int]], curation: Curation) -> None:
-        self._work, self._curation = work, curation
-
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, int]:
-        return self._work(row, self._curation)
-
-
 def _tried_before(staging: Store, unit: Unit) -> bool:
     """Whether an attempt at this unit was made and did not come to its end; from now on one is."""
     mark = f"attempts/unit-{unit.index:06d}"
@@ -120,7 +110,7 @@ def curated_unit(unit: Unit, curation: Curation, *, fenced: bool = False) -> Ite
                     )
                     # A header is counted once, with the first of its frames that is kept.
                     if member != counted:
-                        actions.update(found.subject.actions.elements())
+                        actions.update(found.subject.actions)
                     counted = member
                     continue
                 except ScanError as error:

@@ -15,7 +15,7 @@ import functools
 import hmac
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pydicom import uid
@@ -235,9 +235,15 @@ def _attribute_actions(
 
 
 def _header_actions(dataset: Dataset, parsed: Mapping[str, str]) -> Actions:
-    # A Dataset iterates over decoded elements, its keys are free.
-    actions: Actions = Counter((_tag_name(tag), _action(keyword_of(tag), parsed)) for tag in dataset.keys())  # noqa: SIM118
-    return actions
+    # A Dataset iterates over decoded elements, its keys are free. As plain numbers they are compared by Python itself.
+    return _actions_of(tuple(map(int, dataset.keys())), tuple(parsed.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def _actions_of(tags: Sequence[int], parsed: Sequence[tuple[str, str]]) -> Actions:
+    """What is done to a header with these tags: the headers of one archive have mostly the same."""
+    known = dict(parsed)
+    return Counter((_tag_name(tag), _action(keyword_of(tag), known)) for tag in map(BaseTag, tags))
 
 
 @functools.lru_cache(maxsize=8192)

@@ -51,6 +51,9 @@ def _without_bars(pixels: Pixels) -> Pixels:
     """The scan without the black bars that lie evenly on both sides of it."""
     black = int(pixels.max(initial=0)) // 64
     for axis in (1, 0):
+        edges = (pixels[:1], pixels[-1:]) if axis else (pixels[:, :1], pixels[:, -1:])
+        if any(edge.max(initial=0) > black for edge in edges):
+            continue
         seen = np.flatnonzero(pixels.max(axis=axis, initial=0) > black)
         side = pixels.shape[1 - axis]
         first, last = (int(seen[0]), side - 1 - int(seen[-1])) if len(seen) else (0, 0)

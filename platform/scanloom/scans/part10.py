@@ -42,6 +42,9 @@ _UNDEFINED = 0xFFFFFFFF
 _LONG_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
 _VRS = frozenset(vr.encode() for vr in converters if len(vr) == 2)
 
+_ALL_IGNORED = [("ignore", None, Warning, None, 0)]
+"""The first of the filters after `warnings.simplefilter("ignore")`: to set it again costs more than to look."""
+
 # pydicom's warnings and log lines quote values of the header.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
@@ -83,7 +86,7 @@ class _Meter(io.BytesIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         self._left -= 1
-        if self.spent:
+        if self._left < 0:
             raise reject("too-large")
         return super().read(size)
 
@@ -91,6 +94,9 @@ class _Meter(io.BytesIO):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Let no warning out: pydicom's quote values of the header."""
+    if warnings.filters[:1] == _ALL_IGNORED:
+        yield
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -206,9 +212,9 @@ def _parsed(data: bytes, start: int, syntax: uid.UID) -> tuple[Dataset, bool]:
 
 def _unparsed_bytes(element: object) -> int:
     """Bytes that may turn out to be a sequence; a private one is not asked for."""
-    if not isinstance(element, RawDataElement) or element.tag.is_private or element.tag.group == 0x7FE0:
+    if not isinstance(element, RawDataElement) or element.VR not in (None, "SQ", "UN"):
         return 0
-    return len(element.value or b"") if element.VR in (None, "SQ", "UN") else 0
+    return 0 if element.tag.is_private or element.tag.group == 0x7FE0 else len(element.value or b"")
 
 
 def _is_cut(element: object) -> bool:

@@ -99,9 +99,15 @@ def _resampled(pixels: Pixels, shape: tuple[int, int], box: tuple[float, float, 
 
 def _averaged(pixels: Pixels, down: int, across: int) -> Pixels:
     """Means of blocks: what `_resampled` gives where whole pixels are all there is to average, at half of the cost."""
-    bands = pixels.reshape(-1, down, pixels.shape[1]).sum(axis=1, dtype=np.uint32)
-    sums = functools.reduce(np.add, (bands[:, start::across] for start in range(across)))
-    return np.asarray(np.rint(sums / (down * across)), dtype=pixels.dtype)
+    add = functools.partial(np.add, dtype=np.uint32)
+    bands = functools.reduce(add, (pixels[start::down] for start in range(down)))
+    sums = functools.reduce(add, (bands[:, start::across] for start in range(across)))
+    count = down * across
+    # Single precision takes half of the time, and is exact for sums below 2 ** 24 and halves of halves.
+    exact = count <= 256 and count & (count - 1) == 0
+    means = sums.astype(np.float32 if exact else np.float64)
+    means /= count
+    return np.rint(means, out=means).astype(pixels.dtype)
 
 
 def _centred(pixels: Pixels, size_px: int) -> Pixels:

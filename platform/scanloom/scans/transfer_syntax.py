@@ -21,7 +21,7 @@ from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 
 from scanloom.errors import ScanError
-from scanloom.scans.codestream import Codestream, jpeg2000_header, jpeg_header, jpegxl_header
+from scanloom.scans.codestream import Codestream, jpeg2000_header, jpeg_header, jpegls_header, jpegxl_header
 from scanloom.scans.image_pixel import ImagePixel
 from scanloom.scans.quarantine import reject
 
@@ -275,7 +275,7 @@ def _jpeg_space(header: Codestream, pixel: ImagePixel) -> str:
 
 
 def _jpeg_ls(frame: bytes, pixel: ImagePixel) -> StoredFrame:
-    header = _expected(jpeg_header(frame), pixel)
+    header = _expected(jpegls_header(frame), pixel)
     samples = imagecodecs.jpegls_decode(frame)
     return StoredFrame(_restored(samples, header, pixel), _without_subsampling(pixel.photometric))
 
