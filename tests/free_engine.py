@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.cluster import run_recipe
-from jobs.generate import generate
 from scanloom.artefact import Artefact, open_artefact, publish
 from scanloom.sampling.dataset import EngineActor, rows_from_bytes
 from scanloom.scans.phantoms import phantom
@@ -112,8 +110,14 @@ def _reject(index: int, attempt: int, reason: str) -> dict[str, Any]:
     return {"index": index, "attempt": attempt, "reason": reason, "figures": {"contrast": 0.001}}
 
 
-if __name__ == "__main__":
+def main() -> int:
+    # Here, since an actor that is given the class above loads no more than one with a generator does.
+    from jobs.cluster import run_recipe
+    from jobs.generate import generate
     from tests import free_engine  # a class of `__main__` would travel by value, which its locks cannot
 
-    work = partial(generate, engine=free_engine.FreeEngine)
-    sys.exit(run_recipe(work, "free_engine", __doc__ or "", None))
+    return run_recipe(partial(generate, engine=free_engine.FreeEngine), "free_engine", __doc__ or "", None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
