@@ -169,7 +169,7 @@ def scaling(root: Store, syntax: str, rounds: int) -> tuple[float, float, float,
     for store, shards, per_shard in (
         (source, SHARDS[syntax], PER_SHARD[syntax]),
         (begin, 2, 1),
-        (few, 6, PER_SHARD[syntax]),
+        (few, 4, PER_SHARD[syntax]),
     ):
         fill(store, syntax, shards, per_shard)
     # What is still to be written to disk would be written while the first turn runs.
