@@ -77,7 +77,7 @@ def _distribute(
 
     Units flow nowhere: what Ray Data does many times a second for data that does, workers on every core would pay for.
     """
-    unit = ray.remote(num_cpus=1, max_retries=-1, scheduling_strategy="SPREAD")(work)
+    unit: Any = ray.remote(num_cpus=1, max_retries=-1, scheduling_strategy="SPREAD")(work)
     left = (unit.remote(row, plan.curation) for row in rows)
     running = list(islice(left, plan.section.workers))
     totals: Counter[str] = Counter()
