@@ -22,7 +22,7 @@ from scanloom.audit.fidelity import Embedded, Figure, fidelity
 from scanloom.audit.groups import EVERYONE, LEAST_IMAGES, Cell, Grouping, difference, widest_gap, within
 from scanloom.audit.intervals import Estimate, clustered_share, mean_over
 from scanloom.audit.report import Beside, Gap, Interval, Reading, Subgroup
-from scanloom.models.probe_card import Output, ProbeCard, said_by
+from scanloom.models.probe_card import ProbeCard, said_by
 from scanloom.training.calibration import Z
 
 Floats = NDArray[np.float64]
@@ -47,6 +47,10 @@ class Group:
 # --- asked and read -------------------------------------------------------------------------------------------
 
 
+_Column = tuple[Floats, Floats, NDArray[np.int64]]
+"""What is known of rows, what is read of them, and whose they are."""
+
+
 class _Told:
     """What a group shows by its attributes and by the probe, float64 [N, O] both; NaN where it is not known."""
 
@@ -59,10 +63,15 @@ class _Told:
         self.read_NO = np.where(share, read >= 0.5, read)
         self.read_codes_NA = _read_codes(card, grouping, read)
 
-    def column(self, column: int, inside_N: NDArray[np.bool_]) -> tuple[Floats, Floats, NDArray[np.int64]]:
-        """Known and read of the rows of a cell of which it is known, and whose they are."""
+    def column(self, column: int, inside_N: NDArray[np.bool_]) -> _Column:
+        """Of the rows of a cell of which it is known."""
         kept = inside_N & ~np.isnan(self.wanted_NO[:, column])
         return self.wanted_NO[kept, column], self.read_NO[kept, column], self.owners_N[kept]
+
+    def members(self, cell: Cell) -> _Column:
+        """Of all rows, whether they are in a cell and whether they are read as in it, 0 or 1."""
+        known, read = within(cell, self.codes_NA), within(cell, self.read_codes_NA)
+        return known.astype(np.float64), read.astype(np.float64), self.owners_N
 
 
 def readings(card: ProbeCard, grouping: Grouping, images: Group, held_out: Group) -> tuple[Reading, ...]:
@@ -81,49 +90,32 @@ def readings(card: ProbeCard, grouping: Grouping, images: Group, held_out: Group
         own = grouping.attributes(cell)
         for column, output in enumerate(card.outputs):
             if output.name in usable and output.attribute not in own:
-                one = _reading(output, cell, asked.column(column, inside), real.column(column, truly))
-                found += [one] if one is not None else []
+                told, share = asked.column(column, inside), output.value is not None
+                if rows := len(told[0]):
+                    there = real.column(column, truly)
+                    found.append(_reading(output.name, cell, told, there, share=share, images=rows))
     if all(_reads(card, usable, axis.attribute) for axis in grouping.axes):
-        found += [_composition(cell, asked, real) for cell in crossed]
+        for cell in crossed:
+            told, there = asked.members(cell), real.members(cell)
+            found.append(_reading(COMPOSITION, cell, told, there, share=True, images=int(told[0].sum())))
     return tuple(found)
 
 
-def _reading(
-    output: Output, cell: Cell, asked: tuple[Floats, Floats, NDArray[np.int64]],
-    real: tuple[Floats, Floats, NDArray[np.int64]],
-) -> Reading | None:  # fmt: skip
-    wished, got, owners = asked
-    if not len(wished):
-        return None
-    true, seen, patients = real
-    share = output.value is not None
+def _reading(name: str, cell: Cell, asked: _Column, real: _Column, *, share: bool, images: int) -> Reading:
+    (wished, got, owners), (true, seen, patients) = asked, real
     mean: Callable[[Floats, NDArray[np.int64]], Estimate] = (
         (lambda values, groups: clustered_share(values > 0, groups)) if share else mean_over
     )
     return Reading(
-        name=output.name, cell=cell.name, asked=Interval.of(mean(wished, owners)),
-        achieved=Interval.of(mean(got, owners)), held_out_truth=float(true.mean()) if len(true) else None,
+        name=name, cell=cell.name, asked=Interval.of(mean(wished, owners)), achieved=Interval.of(mean(got, owners)),
+        held_out_truth=float(true.mean()) if len(true) else None,
         held_out_read=float(seen.mean()) if len(true) else None, excess=_excess(got - wished, owners, share),
         held_out_excess=_excess(seen - true, patients, share) if len(true) else None,
-        share=share, images=len(wished), small=len(wished) < LEAST_IMAGES,
+        share=share, images=images, small=images < LEAST_IMAGES,
     )  # fmt: skip
 
 
-def _composition(cell: Cell, asked: _Told, real: _Told) -> Reading:
-    """How many of all images are of a crossed cell, asked and read."""
-    in_it = [(within(cell, one.codes_NA), within(cell, one.read_codes_NA), one.owners_N) for one in (asked, real)]
-    (wished, got, owners), (true, seen, patients) = in_it
-    return Reading(
-        name=COMPOSITION, cell=cell.name, asked=Interval.of(clustered_share(wished, owners)),
-        achieved=Interval.of(clustered_share(got, owners)), held_out_truth=float(true.mean()) if len(true) else None,
-        held_out_read=float(seen.mean()) if len(true) else None,
-        excess=_excess(got.astype(np.float64) - wished, owners),
-        held_out_excess=_excess(seen.astype(np.float64) - true, patients) if len(true) else None,
-        share=True, images=int(wished.sum()), small=int(wished.sum()) < LEAST_IMAGES,
-    )  # fmt: skip
-
-
-def _excess(difference_N: Floats, owners_N: NDArray[np.int64], share: bool = True) -> Interval:
+def _excess(difference_N: Floats, owners_N: NDArray[np.int64], share: bool) -> Interval:
     """Mean of what images differ by, with the interval over groups that a sum of their totals has (Kish 1965)."""
     value = float(difference_N.mean())
     totals = np.bincount(np.unique(owners_N, return_inverse=True)[1], difference_N - value)

@@ -10,7 +10,7 @@ Legend of shape suffixes: K seeds, M held-out scans, L labels, R replicates, G c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,10 @@ def _left_out(outputs: Sequence[Output], train: _Read, made: _Read, held_out: _R
 # --- what it shows --------------------------------------------------------------------------------------------
 
 
+_Key = tuple[Arm, str, str]
+"""Arm, label and cell."""
+
+
 @dataclass(frozen=True)
 class _Area:
     """The AUC of one arm, label and cell, or its mean over labels."""
@@ -161,6 +165,8 @@ class _Area:
     """Mean over the seeds, in resampled patients."""
     fewest: int
     """Patients of the rarer kind."""
+    scans: int
+    positives: int
     seed: int
 
     @property
@@ -201,43 +207,53 @@ def utility_of(
     distribution. It says nothing of what another dataset, or other training scans, would give. The same patients are
     drawn for every arm, so that a gain is compared on the same scans.
     """
-    weights_RM = multiplicities(material.patients, seed=seed)
     grouping = Grouping.of(material.schema, material.attributes, groups)
-    codes = grouping.codes(material.attributes)
-    cells = [EVERYONE, *grouping.singles()]
-    figures: list[Usefulness] = []
-    gains: list[Gain] = []
-    areas: dict[tuple[Arm, str, str], _Area] = {}
-    by_arm: dict[Arm, Floats] = {arm: _stacked(scores, arm) for arm in ARMS if any(one.arm == arm for one in scores)}
-    for cell in cells:
-        inside_M = within(cell, codes)
-        for label, wanted_M in zip(material.labels, material.held_out.wanted_NL.T, strict=True):
-            chosen_M = inside_M & ~np.isnan(wanted_M)
-            if not chosen_M.any():
-                continue
-            has_M = wanted_M[chosen_M] == 1
-            owners = np.asarray(material.patients)[chosen_M]
-            fewest = min(len(set(owners[has_M])), len(set(owners[~has_M])))
-            for number, (arm, read_KML) in enumerate(by_arm.items()):
-                column = read_KML[:, chosen_M, material.labels.index(label)]
-                area = _area(column, has_M, weights_RM[:, chosen_M], fewest, seed + number)
-                areas[arm, label, cell.name] = area
-                figures.append(Usefulness(
-                    arm=arm, label=label, cell=cell.name, auc=Interval.of(area.estimate), scans=len(has_M),
-                    positives=int(has_M.sum()), seeds=len(read_KML),
-                    small=fewest < least_patients or (cell is not EVERYONE and len(has_M) < LEAST_IMAGES),
-                ))  # fmt: skip
-    figures += _means(material, by_arm, areas)
-    for (arm, label, cell_name), area in areas.items():
-        if cell_name == EVERYONE.name and arm != "real" and ("real", label, cell_name) in areas:
-            real = areas["real", label, cell_name]
-            gains.append(Gain(arm=arm, label=label, over_real=_less(area, real), share=_share(area, real)))
+    areas = _areas(material, scores, grouping, seed)
+    figures = [_figure(key, area, least_patients) for key, area in areas.items()]
     return Utility(
         classifier=material.classifier, train_scans=len(material.train), synthetic_images=len(material.synthetic),
         figures=tuple(figures), held_out_scans=len(material.held_out), held_out_patients=len(set(material.patients)),
-        gains=tuple(gains), gaps=_gaps(figures, grouping), left_out=dict(material.left_out),
+        gains=tuple(_gains(areas)), gaps=_gaps(figures, grouping), left_out=dict(material.left_out),
         seconds=sum(one.seconds for one in scores),
     )  # fmt: skip
+
+
+def _areas(material: Material, scores: Sequence[Scores], grouping: Grouping, seed: int) -> dict[_Key, _Area]:
+    """Cell by cell, the means over all labels last."""
+    weights_RM = multiplicities(material.patients, seed=seed)
+    codes, owners = grouping.codes(material.attributes), np.asarray(material.patients)
+    by_arm: dict[Arm, Floats] = {arm: _stacked(scores, arm) for arm in ARMS if any(one.arm == arm for one in scores)}
+    found: dict[_Key, _Area] = {}
+    for cell in (EVERYONE, *grouping.singles()):
+        inside_M = within(cell, codes)
+        for column, (label, wanted_M) in enumerate(zip(material.labels, material.held_out.wanted_NL.T, strict=True)):
+            chosen_M = inside_M & ~np.isnan(wanted_M)
+            if not chosen_M.any():
+                continue
+            has_M, whose_M, drawn_RM = wanted_M[chosen_M] == 1, owners[chosen_M], weights_RM[:, chosen_M]
+            for number, (arm, read_KML) in enumerate(by_arm.items()):
+                read_KM = read_KML[:, chosen_M, column]
+                found[arm, label, cell.name] = _area(read_KM, has_M, whose_M, drawn_RM, seed + number)
+    # None of a single label.
+    if len(material.labels) > 1:
+        found |= {(arm, MEAN, EVERYONE.name): _mean(arm, material, found) for arm in by_arm}
+    return found
+
+
+def _figure(key: _Key, area: _Area, least_patients: int) -> Usefulness:
+    arm, label, cell = key
+    few = area.fewest < least_patients or (cell != EVERYONE.name and area.scans < LEAST_IMAGES)
+    return Usefulness(
+        arm=arm, label=label, cell=cell, auc=Interval.of(area.estimate), scans=area.scans, positives=area.positives,
+        seeds=len(area.by_seed_K), small=few and label != MEAN,
+    )  # fmt: skip
+
+
+def _gains(areas: Mapping[_Key, _Area]) -> Iterator[Gain]:
+    for (arm, label, cell), area in areas.items():
+        real = areas.get(("real", label, cell))
+        if cell == EVERYONE.name and arm != "real" and real is not None:
+            yield Gain(arm=arm, label=label, over_real=_less(area, real), share=_share(area, real))
 
 
 def _stacked(scores: Sequence[Scores], arm: Arm) -> Floats:
@@ -245,13 +261,17 @@ def _stacked(scores: Sequence[Scores], arm: Arm) -> Floats:
     return np.stack([one.likelihood_ML.astype(np.float64) for one in chosen])
 
 
-def _area(read_KM: Floats, has_M: NDArray[np.bool_], weights_RM: Floats, fewest: int, seed: int) -> _Area:
-    if not has_M.any() or has_M.all():
-        return _Area(np.full(len(read_KM), math.nan), np.full(len(weights_RM), math.nan), fewest, seed)
-    plain = np.ones((1, len(has_M)))
-    by_seed_K = np.array([weighted_auc(read_M, has_M, plain)[0] for read_M in read_KM])
-    by_patients_R = np.mean([weighted_auc(read_M, has_M, weights_RM) for read_M in read_KM], axis=0)
-    return _Area(by_seed_K, by_patients_R, fewest, seed)
+def _area(
+    read_KM: Floats, has_M: NDArray[np.bool_], owners_M: NDArray[np.str_], weights_RM: Floats, seed: int
+) -> _Area:
+    fewest = min(len(set(owners_M[has_M])), len(set(owners_M[~has_M])))
+    if fewest:
+        plain = np.ones((1, len(has_M)))
+        by_seed_K = np.array([weighted_auc(read_M, has_M, plain)[0] for read_M in read_KM])
+        by_patients_R = np.mean([weighted_auc(read_M, has_M, weights_RM) for read_M in read_KM], axis=0)
+    else:
+        by_seed_K, by_patients_R = np.full(len(read_KM), math.nan), np.full(len(weights_RM), math.nan)
+    return _Area(by_seed_K, by_patients_R, fewest, len(has_M), int(has_M.sum()), seed)
 
 
 def weighted_auc(read_M: Floats, has_M: NDArray[np.bool_], weights_RM: Floats) -> Floats:
@@ -272,27 +292,14 @@ def weighted_auc(read_M: Floats, has_M: NDArray[np.bool_], weights_RM: Floats) -
     return area
 
 
-def _means(
-    material: Material, by_arm: Mapping[Arm, Floats], areas: dict[tuple[Arm, str, str], _Area]
-) -> list[Usefulness]:
-    """The mean over all labels, of all held-out scans; none of a single label."""
-    if len(material.labels) < 2:
-        return []
-    found = []
-    for arm, read_KML in by_arm.items():
-        parts = [areas[arm, label, EVERYONE.name] for label in material.labels]
-        mean = _Area(
-            np.mean([one.by_seed_K for one in parts], axis=0), np.mean([one.by_patients_R for one in parts], axis=0),
-            min(one.fewest for one in parts), parts[0].seed,
-        )  # fmt: skip
-        areas[arm, MEAN, EVERYONE.name] = mean
-        wanted = material.held_out.wanted_NL
-        found.append(Usefulness(
-            arm=arm, label=MEAN, cell=EVERYONE.name, auc=Interval.of(mean.estimate),
-            scans=int((~np.isnan(wanted)).any(axis=1).sum()), positives=int((wanted == 1).any(axis=1).sum()),
-            seeds=len(read_KML), small=False,
-        ))  # fmt: skip
-    return found
+def _mean(arm: Arm, material: Material, areas: Mapping[_Key, _Area]) -> _Area:
+    """Over all labels, of all held-out scans."""
+    parts, wanted = [areas[arm, label, EVERYONE.name] for label in material.labels], material.held_out.wanted_NL
+    return _Area(
+        np.mean([one.by_seed_K for one in parts], axis=0), np.mean([one.by_patients_R for one in parts], axis=0),
+        min(one.fewest for one in parts), int((~np.isnan(wanted)).any(axis=1).sum()),
+        int((wanted == 1).any(axis=1).sum()), parts[0].seed,
+    )  # fmt: skip
 
 
 def _less(area: _Area, other: _Area) -> Interval:
