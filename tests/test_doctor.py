@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -52,22 +53,20 @@ def test_wrong_credentials(store_uri: str, proxy: FaultProxy, monkeypatch: pytes
     assert (done.exit_code, "refused the credentials" in done.stdout) == (1, True)
 
 
-def test_no_conditional_put(store_uri: str, proxy: FaultProxy) -> None:
-    proxy.inject("accept", method="PUT", times=2)
+@pytest.mark.parametrize(
+    "kind, where, reason",
+    [
+        pytest.param("accept", {"method": "PUT", "times": 2}, "ignores If-None-Match", id="no conditional put"),
+        pytest.param("403", {"method": "PUT"}, "these credentials may not do this (PutObject", id="can only be read"),
+        pytest.param("403", {"method": "GET", "path": "scanloom-doctor"}, "may not do this", id="cannot be read back"),
+    ],
+)
+def test_a_store_that_cannot_be_used(
+    store_uri: str, proxy: FaultProxy, kind: Any, where: dict[str, Any], reason: str
+) -> None:
+    proxy.inject(kind, **{"times": ALWAYS} | where)
     done = doctor(store_uri)
-    assert (done.exit_code, "ignores If-None-Match" in done.stdout) == (1, True)
-
-
-def test_a_bucket_that_can_only_be_read(store_uri: str, proxy: FaultProxy) -> None:
-    proxy.inject("403", method="PUT", times=ALWAYS)
-    done = doctor(store_uri)
-    assert (done.exit_code, "these credentials may not do this (PutObject" in done.stdout) == (1, True)
-
-
-def test_a_bucket_that_cannot_be_read_back(store_uri: str, proxy: FaultProxy) -> None:
-    proxy.inject("403", method="GET", path="scanloom-doctor", times=ALWAYS)
-    done = doctor(store_uri)
-    assert (done.exit_code, "may not do this" in done.stdout) == (1, True)
+    assert (done.exit_code, reason in done.stdout) == (1, True)
 
 
 def test_no_right_to_delete(store_uri: str, proxy: FaultProxy) -> None:
