@@ -172,7 +172,7 @@ def test_a_part_that_an_earlier_run_finished_is_not_measured_again(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_missed_before_anything_is_trained(ray_cluster: None, tmp_path: Path) -> None:
-    corpus = publish_corpus(f"{tmp_path}/corpus", scans=8)
+    corpus = publish_corpus(f"{tmp_path}/corpus", scans=96)
     publish_dataset(f"{tmp_path}/d", generator(f"{tmp_path}/generator", corpus), corpus, honest, 4)
     for part in ("membership", "fidelity", "utility"):
         settings = {"membership": None, "utility": None} | {part: {"use_gpu": True}}
