@@ -44,11 +44,15 @@ STARTS_S = 120.0
 MORE_THROUGHPUT, LESS_P95, LEAST_SATURATION, MOST_REFUSAL_S, LEAST_KEPT = 1.3, 0.6, 0.95, 0.1, 0.99
 
 
+Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Of scanloom's generator, which the peers have not."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     compiled: bool = False
 
     @property
@@ -251,7 +255,7 @@ written by hand in `tests/benchmarks/serve_peers.py`.
 LOAD_TITLE, ONE_LOAD_TITLE, ENGINE_TITLE = "Under load", f"At a load of {COMPARED:.0%}", "Beside the bare engine"
 TITLES = [
     title + Settings(precision, compiled).told
-    for precision in ("fp32", "bf16")
+    for precision in PRECISIONS
     for compiled in (False, True)
     for title in (LOAD_TITLE, ONE_LOAD_TITLE, ENGINE_TITLE)
 ]
@@ -343,9 +347,7 @@ def main() -> int:
         help=f"one-load is that of {COMPARED:.0%} alone".replace("%", "%%"),
     )  # fmt: skip
     options.add_argument("--compiled", action="store_true", help="of scanloom and the bare engine, the denoiser")
-    options.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of scanloom and the bare engine"
-    )
+    options.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of scanloom and the bare engine")
     options.add_argument("--dry", action="store_true", help="print the page's sections and leave the page as it is")
     asked = options.parse_args()
     settings = Settings(asked.precision, asked.compiled)
