@@ -296,8 +296,9 @@ def ddp(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
     text = (
         f"The denoiser and batches of the first table, half a batch a worker, one thread each.\n\n"
         f"{_table(runs, titles)}\n\n"
-        f"Ray's own processes wake many times a second and need cores beside the workers': what they "
-        f"take from workers that hold every core of the machine shows between the last two rows.\n"
+        f"DistributedDataParallel exchanges gradients while it computes them. DeepSpeed exchanges them afterwards on "
+        f"CPUs, and the weights after every step: its workers wait meanwhile. What Ray's own processes, which wake "
+        f"many times a second, take from workers that hold every core of the machine shows between the last two rows.\n"
     )
     return text, missed
 
