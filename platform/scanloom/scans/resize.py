@@ -105,9 +105,8 @@ def _averaged(pixels: Pixels, down: int, across: int) -> Pixels:
     count = down * across
     # Single precision takes half of the time, and is exact for sums below 2 ** 24 and halves of halves.
     exact = count <= 256 and count & (count - 1) == 0
-    means = sums.astype(np.float32 if exact else np.float64)
-    means /= count
-    return np.rint(means, out=means).astype(pixels.dtype)
+    means = np.asarray(sums, dtype=np.float32 if exact else np.float64) / count
+    return np.asarray(np.rint(means), dtype=pixels.dtype)
 
 
 def _centred(pixels: Pixels, size_px: int) -> Pixels:
