@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from scanloom.scans.image import Geometry, Pixels, ScanImage
@@ -105,8 +106,8 @@ def _averaged(pixels: Pixels, down: int, across: int) -> Pixels:
     count = down * across
     # Single precision takes half of the time, and is exact for sums below 2 ** 24 and halves of halves.
     exact = count <= 256 and count & (count - 1) == 0
-    means = np.asarray(sums, dtype=np.float32 if exact else np.float64) / count
-    return np.asarray(np.rint(means), dtype=pixels.dtype)
+    numbers: npt.NDArray[np.floating[Any]] = np.asarray(sums, dtype=np.float32 if exact else np.float64)
+    return np.asarray(np.rint(numbers / count), dtype=pixels.dtype)
 
 
 def _centred(pixels: Pixels, size_px: int) -> Pixels:
