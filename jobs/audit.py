@@ -52,9 +52,9 @@ def audit(recipe: Recipe) -> None:
         runs, name = Store(recipe.uri("runs")), run_name("copy-encoder", plan)
         runs.require_writable()
         with connected():
-            _require_gpus(recipe)
+            _require_gpus(recipe, parts := runs.at(f"{name}/parts"))
             metrics = train_encoder(CopyEncoderJob.of(recipe, corpus, store, ENCODER), corpus, runs, name)
-            files = _measure(recipe, corpus, dataset, probe, store, runs.at(f"{name}/parts"))
+            files = _measure(recipe, corpus, dataset, probe, store, parts)
         made = publish(
             store, kind="audit", name=dataset.manifest.name, recipe=recipe.model_dump(mode="json"),
             inputs=[dataset, corpus, *([probe] if probe else [])], files=files,
@@ -64,11 +64,11 @@ def audit(recipe: Recipe) -> None:
     _report(made, time.monotonic() - started)
 
 
-def _require_gpus(recipe: Recipe) -> None:
-    """Refuse now what would wait for a GPU once the encoder is trained."""
-    parts = {name: getattr(recipe.audit, name) for name in ("membership", "fidelity", "utility")}
-    for name, part in parts.items():
-        require_room(1, part is not None and part.use_gpu, f"audit.{name}.use_gpu")
+def _require_gpus(recipe: Recipe, parts: Store) -> None:
+    """Refuse now what would wait for a GPU once the encoder is trained; a part that is kept needs none."""
+    for name, kept in {"membership": "membership", "fidelity": "given", "utility": "utility"}.items():
+        needed = getattr(getattr(recipe.audit, name), "use_gpu", False) and not parts.exists(f"{kept}.json")
+        require_room(1, needed, f"audit.{name}.use_gpu")
 
 
 def _measure(

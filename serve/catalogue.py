@@ -64,7 +64,8 @@ class Offer:
 
     @property
     def envelope(self) -> dict[str, Any]:
-        return self.card.envelope.model_dump(mode="json")
+        # How finely numbers were written matters to who draws some, not to who asks for one.
+        return self.card.envelope.model_dump(mode="json", exclude={"ranges": {"__all__": {"scans"}}})
 
     def info(self) -> GeneratorInfo:
         """What `GET /v1/generators/{name}` answers."""

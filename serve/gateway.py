@@ -128,7 +128,7 @@ def _add_datasets(app: FastAPI, parts: Parts) -> None:
     )
     unchanged = success(304, "It is what If-None-Match names: the ETag of a file is its SHA-256.")
     add(f"{one}/files/{{path:path}}", datasets.file, response_class=Response,
-        responses=file | unchanged | problems(*faults, "conflict", "not-satisfiable"),
+        responses=file | unchanged | problems(*faults, "conflict", "changed", "not-satisfiable"),
         summary="A file of a finished dataset in a local store")  # fmt: skip
 
 

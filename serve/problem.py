@@ -36,6 +36,7 @@ STATUS: Mapping[ProblemKind, tuple[int, str]] = {
     "unacceptable": (406, "The answer cannot be given in that format"),
     "too-slow": (408, "The request's body did not come in time"),
     "conflict": (409, "It contradicts what is there"),
+    "changed": (412, "It is not what the request is for any more"),
     "too-large": (413, "The request's body is too large"),
     "invalid": (422, "The request is not valid"),
     "not-satisfiable": (416, "The file has no such part"),

@@ -29,11 +29,15 @@ def wanted(headers: Headers, size: int, sha256: str) -> Wanted:
     """What a request with these headers wants of a file of `size` bytes whose strong entity tag is its SHA-256.
 
     A header Range that is malformed, of another unit or of several parts is ignored, as RFC 9110 allows; so is one
-    whose If-Range names another content, or a date, since files here have none. Raises Refusal 416 for a part that
-    begins behind the end.
+    whose If-Range names another content, or a date, since files here have none.
+
+    Raises Refusal: 412 where If-Match names another content, 416 for a part that begins behind the end.
     """
     tag = f'"{sha256}"'
     told = {"ETag": tag, "Accept-Ranges": "bytes"}
+    expected = headers.getlist("If-Match")
+    if expected and not _is_named(expected, tag, strongly=True):
+        raise Refusal("changed", "the file is not the one that If-Match names; ask for all of it anew", headers=told)
     if _is_named(headers.getlist("If-None-Match"), tag):
         return Wanted(304, 0, 0, told)
     if headers.get("If-Range", tag).strip() == tag and (span := _span(headers.getlist("Range"), size)) is not None:
@@ -61,7 +65,8 @@ def _span(ranges: list[str], size: int) -> tuple[int, int] | None:
     return int(first), min(size, int(last) + 1) if last else size
 
 
-def _is_named(sent: list[str], tag: str) -> bool:
-    """Whether the entity tags of If-None-Match have this one; they are compared weakly."""
+def _is_named(sent: list[str], tag: str, *, strongly: bool = False) -> bool:
+    """Whether the entity tags of a condition have this one; a weak one counts where they are not compared strongly."""
     text = ",".join(sent)
-    return text.strip() == "*" or tag in (found.removeprefix("W/") for found in _TAG.findall(text))
+    tags = _TAG.findall(text)
+    return text.strip() == "*" or tag in (tags if strongly else (found.removeprefix("W/") for found in tags))

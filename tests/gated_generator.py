@@ -77,9 +77,11 @@ class GatedGenerator:
 
 def bench_of(
     generator: GatedGenerator | FaultyGenerator, *, slots: int = 4, judges: Sequence[Judge] = (), attempts: int = 3,
-    gate: str = UNGATED,
+    gate: str = UNGATED, eager_below: int = 1000,
 ) -> Workbench:  # fmt: skip
-    """A workbench around a generator of the tests, without judges unless some are given."""
-    # What is finished is decoded at once.
-    engine = Engine(generator, slots, eager_below=1000)
+    """A workbench around a generator of the tests, without judges unless some are given.
+
+    What is finished is decoded at once, or, once `eager_below` images run, with the next.
+    """
+    engine = Engine(generator, slots, eager_below=eager_below)
     return Workbench(generator, engine, generator.__class__.__name__, lambda bits: judges, attempts, {}, gate)

@@ -171,3 +171,28 @@ def test_a_generator_comes_back_that_made_room_for_one_that_cannot_be_loaded(ope
     assert back.wait(PATIENCE_S)
     result(desk.take(order("a")))
     assert loads == ["a", "damaged", "a"]
+
+
+def test_an_image_that_waits_to_be_decoded_with_bulk_ones_keeps_its_generators_turns(
+    opened: Callable[..., Desk],
+) -> None:
+    log: list[str] = []
+    generators = {name: GatedGenerator(name, log) for name in "ab"}
+    desk = opened(lambda name: bench_of(generators[name], slots=8, eager_below=0), loaded=2)
+    for name, generator in generators.items():
+        desk.open(name).result(PATIENCE_S)
+        generator.shut()
+    log.clear()
+    bulk = desk.take(order("a", priority="bulk", count=3, steps=12))
+    generators["a"].until_shut()
+    awaited = desk.take(order("a", steps=3))
+    at_its_end: list[str] = []
+    awaited.add_done_callback(lambda _: at_its_end.extend(log))
+    other = desk.take(order("b", steps=200))
+    for generator in generators.values():
+        generator.let(None)
+    for future in (awaited, bulk, other):
+        result(future)
+    # Its last step is a's fourth; there is company for it after the thirteenth at the latest.
+    assert at_its_end.count("a") >= 12
+    assert at_its_end.count("b") <= 20

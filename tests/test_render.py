@@ -19,7 +19,7 @@ from scanloom.needs import NEEDS
 from scanloom.submission import JOBS
 from tests import k8s_rules, k8s_settings
 from tests.k8s_schema import DEFINITIONS, kuberay_versions
-from tests.k8s_site import GPU, ROOT, Site, kubectl
+from tests.k8s_site import GPU, ROOT, Site, kubectl, objects
 from tests.test_k8s import whole
 
 RECIPE = ROOT / "k8s" / "overlays" / "prod" / "recipe.yaml"
@@ -40,6 +40,8 @@ def faults(job: str, *options: str, overlay: str = "prod") -> list[str]:
     """Of a site with this job and no other."""
     at = whole(overlay)
     others = [thing for thing in at.objects if thing["kind"] != "RayJob"]
+    if "--queue" in options:
+        others += objects(ROOT / "k8s" / "components" / "kueue" / "queues")
     secrets = at.own_secrets | {"scanloom-release"}
     found = Site(at.name, [*others, *rendered(job, str(RECIPE), *options)], at.versions, secrets)
     schemas = list(k8s_rules.schemas(found))

@@ -88,8 +88,11 @@ def test_a_few_fractions_among_whole_ages_make_none_of_the_others_fractions() ->
     """Ages of infants are written in months."""
     ages = [*[float(age) for age in range(1, 100)] * 10, 0.25, 1.5]
     assert set(positions(CellsCohort(cells=({"position": [20, 29]},)), ages)) == {float(age) for age in range(20, 30)}
-    # A bin that begins with an infant holds all that lies in it.
+    # Who asks for a span that begins with an infant's age gets all that lies in it; a bin of the corpus that does is
+    # one of years all the same.
     assert len(set(positions(CellsCohort(cells=({"position": [0.25, 9]},)), ages))) > 1900
+    bins = [0.25, 10.0], [10.0, 100.0]
+    assert set(positions(AsCorpusCohort(), ages, *bins, images=9000)) == {float(age) for age in range(1, 101)}
     many = [*[float(age) for age in range(100)], *[0.5, 0.25, 1.5] * 10]
     found = positions(CellsCohort(cells=({"position": [20, 29]},)), many, images=20_000)
     assert set(found) == {float(np.float32(place / 100)) for place in range(2000, 2901)}
@@ -121,6 +124,7 @@ def test_bands_within_one_step_are_refused_by_the_step() -> None:
     [
         ([1, 2, 300], 1.0, True), ([0.1, 7], 0.1, True), ([0.3, 0.7, 1234.5], 0.1, True), ([-17.25, 3], 0.01, True),
         ([0.143, 0.171], 0.001, True), ([1 / 3], 0.0, True), ([1 / 3, 5], 0.0, True), ([8000.1234], 0.0, True),
+        ([1e6, 3e6, 2.0**30], 1.0, True),
         ([*range(1000), 0.5], 1.0, False), ([*range(50), 0.5], 0.1, True),
     ],
 )  # fmt: skip

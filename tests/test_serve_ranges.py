@@ -81,6 +81,12 @@ def test_what_is_no_single_part_of_this_content_gets_all_of_it(ask: Asked, url: 
     assert "Content-Range" not in answer.headers
 
 
+@pytest.mark.parametrize("sent", ['"another"', f"W/{TAG}"])
+def test_who_goes_on_with_a_file_that_was_another_is_told(ask: Asked, url: str, sent: str) -> None:
+    assert problem(got(ask, url, Range="bytes=100-", If_Match=sent), 412, "changed").detail
+    assert got(ask, url, If_Match=f"{sent}, {TAG}").status_code == got(ask, url, If_Match="*").status_code == 200
+
+
 def test_a_download_goes_on_where_the_content_is_still_the_same(ask: Asked, url: str) -> None:
     answer = got(ask, url, Range="bytes=100-", If_Range=TAG)
     assert (answer.status_code, answer.content) == (206, CONTENT[100:])

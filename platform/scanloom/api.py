@@ -208,7 +208,7 @@ class Generators(Answer):
 ProblemKind = Literal[
     "bad-request", "unauthenticated", "forbidden", "not-found", "not-allowed", "conflict", "too-large", "too-slow",
     "unacceptable", "outside-envelope", "invalid", "busy", "deadline", "quota", "unavailable", "store-unavailable",
-    "internal", "not-satisfiable",
+    "internal", "not-satisfiable", "changed",
 ]  # fmt: skip
 
 

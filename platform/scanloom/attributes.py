@@ -127,6 +127,8 @@ class Range(BaseModel):
 
 def resolution_of(number: float) -> int:
     """The place in RESOLUTIONS of the coarsest of which a single-precision number is a multiple, else their count."""
+    if float(number).is_integer():
+        return 0
     for place, resolution in enumerate(RESOLUTIONS):
         multiple = number / resolution
         if abs(multiple - round(multiple)) <= 1e-7 * abs(multiple) + 1e-9 and abs(multiple) < _TOLD_APART:

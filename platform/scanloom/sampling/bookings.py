@@ -137,6 +137,10 @@ class Bookings:
         batch = self._batches[generator, shape]
         return batch.line.interactive or any(not draw.bulk for draw in batch.going)
 
+    def is_going(self, draw: Draw) -> bool:
+        """Whether an image is between its first and last step."""
+        return any(draw in batch.going for batch in self._batches.values())
+
     @property
     def next_due(self) -> float:
         """The earliest deadline; infinite without orders."""

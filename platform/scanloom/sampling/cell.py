@@ -198,9 +198,9 @@ def clipped(cell: Cell, envelope: Envelope) -> Cell:
     for name, value in values.items():
         seen = envelope.ranges.get(name)
         if isinstance(value, Span) and seen and value.low <= seen.high and value.high >= seen.low:
-            values[name] = value.model_copy(
-                update={"low": max(value.low, seen.low), "high": min(value.high, seen.high)}
-            )
+            low, high = max(value.low, seen.low), min(value.high, seen.high)
+            kept = Scale(value.step, is_exact=True).span(low, high) if value.step else None
+            values[name] = kept or value.model_copy(update={"low": low, "high": high})
     return Cell(values=values, share=cell.share)
 
 

@@ -8,7 +8,7 @@ What the generator cannot know is refused here, before anything is started.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scanloom.attributes import AttributeSchema, Envelope
@@ -43,7 +43,10 @@ def resolve(
     where it asks for what the generator has not seen.
     """
     known = scales(envelope)
-    parsed = (parse_cell(schema, cell, "count", "the corpus's table", known) for cell in corpus_cells)
+    # Where its bins are what is drawn, one that begins with one of the few finer numbers stands for the others, too.
+    drawn = isinstance(cohort, AsCorpusCohort)
+    spelled = {name: replace(scale, is_exact=scale.is_exact or drawn) for name, scale in known.items()}
+    parsed = (parse_cell(schema, cell, "count", "the corpus's table", spelled) for cell in corpus_cells)
     corpus = CorpusTable([clipped(cell, envelope) for cell in parsed], known)
     tables, told = _tables(cohort, schema, envelope, corpus, images)
     for table in tables:

@@ -339,9 +339,10 @@ class Desk:
 
     def _next_turn(self) -> _Turn | None:
         batches: dict[tuple[str, Shape | None], bool] = {}
+        decoding = self._decoding()
         for name, post in self._posts.items():
             shapes = sorted(self._book.shapes(name))
-            batches |= {(name, shape): self._book.is_urgent(name, shape) for shape in shapes}
+            batches |= {(name, shape): name in decoding or self._book.is_urgent(name, shape) for shape in shapes}
             if not shapes and post.bench.engine.busy:
                 batches[name, None] = True
         chosen = self._rota.next(batches)
@@ -353,6 +354,11 @@ class Desk:
             return _Turn(name, self._posts[name], None, (), 0)
         draws, calls = self._book.admit(name, shape), self._book.calls(name, shape)
         return _Turn(name, self._posts[name], shape, draws, calls, self._book.foreseen_s(name, shape))
+
+    def _decoding(self) -> set[str]:
+        """Generators with an interactive image that has taken its last step and comes with another's."""
+        draws = (draw for _, draw in self._drawn.values() if not draw.bulk and draw.order in self._jobs)
+        return {self._jobs[draw.order].order.generator for draw in draws if not self._book.is_going(draw)}
 
     def _patience_s(self) -> float | None:
         """Until the next order is late, if nothing happens."""

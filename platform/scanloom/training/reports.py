@@ -47,6 +47,7 @@ def following(receive: Callable[[dict[str, float]], None]) -> Iterator[Any]:
         yield QueueReports(queue)
     finally:
         with suppress(RayError):
-            queue.put(None)
+            # Nobody waits for a queue that there was never room for.
+            queue.actor.put_nowait.remote(None)
         thread.join(timeout=10)
         queue.shutdown()
