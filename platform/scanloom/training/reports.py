@@ -34,6 +34,7 @@ def following(receive: Callable[[dict[str, float]], None]) -> Iterator[Any]:
     Any: RunConfig's annotation names Tune's callback class, which Train's own does not derive from.
     """
     queue = Queue()
+    actor: Any = queue.actor
 
     def pump() -> None:
         # Waits without polling: beside workers that hold every core, each look would be time taken from them.
@@ -48,6 +49,6 @@ def following(receive: Callable[[dict[str, float]], None]) -> Iterator[Any]:
     finally:
         with suppress(RayError):
             # Nobody waits for a queue that there was never room for.
-            queue.actor.put_nowait.remote(None)
+            actor.put_nowait.remote(None)
         thread.join(timeout=10)
         queue.shutdown()
