@@ -19,8 +19,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.25"
 os.environ["RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"] = "1"
 # Ray's own defaults: what one test has started, the next one need not.
-os.environ["RAY_num_workers_soft_limit"] = "-1"
-os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "1000"
+os.environ.update({"RAY_num_workers_soft_limit": "-1", "RAY_idle_worker_killing_time_threshold_ms": "1000"})
 
 
 @pytest.fixture(scope="session")
