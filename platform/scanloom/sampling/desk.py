@@ -361,9 +361,8 @@ class Desk:
         return {self._jobs[draw.order].order.generator for draw in draws if not self._book.is_going(draw)}
 
     def _patience_s(self) -> float | None:
-        """Until the next order is late, if nothing happens."""
+        """Until the next order is late, if nothing happens, and a little more, so that it is late then."""
         due = self._book.next_due
-        # A little more, so that it is late then.
         return None if due == math.inf else max(0.0, due - self._clock()) + 0.001
 
     def _step(self, turn: _Turn) -> list[Answer]:
