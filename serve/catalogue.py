@@ -64,8 +64,7 @@ class Offer:
 
     @property
     def envelope(self) -> dict[str, Any]:
-        # How finely numbers were written matters to who draws some, not to who asks for one.
-        return self.card.envelope.model_dump(mode="json", exclude={"ranges": {"__all__": {"scans"}}})
+        return self.card.envelope.model_dump(mode="json")
 
     def info(self) -> GeneratorInfo:
         """What `GET /v1/generators/{name}` answers."""

@@ -11,11 +11,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from scanloom.errors import ArtefactError, RecipeError, ScanError
 from scanloom.recipe import (
@@ -99,6 +99,12 @@ class Range(BaseModel):
     scans: tuple[int, ...] | None = None
     """With a whole number, with one of tenths, and so on as RESOLUTIONS has them, and last with a finer one; None:
     not counted."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A range that nobody counted is told as it was before any was.
+        told: dict[str, Any] = serialize(self)
+        return {name: value for name, value in told.items() if value is not None}
 
     @property
     def resolution(self) -> float | None:
