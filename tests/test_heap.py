@@ -1,4 +1,4 @@
-"""The allocator's settings, looked at from a process of their own: they cannot be taken back."""
+"""Memory kept and memory held, looked at from processes made for it: neither can be taken back."""
 
 from __future__ import annotations
 
@@ -42,3 +42,21 @@ def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
 def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert not keep_freed_memory()
+
+
+CHILD_OF_A_LARGE_PROCESS = """
+import subprocess, sys
+import numpy as np
+from scanloom.heap import peak_resident_bytes
+held = np.ones(64 << 20)
+del held
+print(peak_resident_bytes(), flush=True)
+held = np.ones(64 << 20)
+subprocess.run([sys.executable, "-c", "from scanloom.heap import peak_resident_bytes; print(peak_resident_bytes())"])
+"""
+
+
+def test_the_most_a_process_held_includes_what_it_gave_back_but_nothing_of_its_parent() -> None:
+    ran = subprocess.run([sys.executable, "-c", CHILD_OF_A_LARGE_PROCESS], capture_output=True, text=True, check=True)
+    parent, child = map(int, ran.stdout.split())
+    assert 1 << 20 < child < 256 << 20 < 512 << 20 < parent

@@ -15,6 +15,7 @@ from typing import Any
 
 from scanloom.attributes import AttributeSchema
 from scanloom.errors import ScanError
+from scanloom.heap import peak_resident_bytes
 from scanloom.recipe import CategoryAttribute, Decode, DicomSource, ImageFolderSource, LabelsAttribute, NumberAttribute
 from scanloom.scans.archive import read_archive
 from scanloom.scans.burned_in import text_lines
@@ -133,8 +134,7 @@ def _read(pipe: Connection, numbers: Sequence[int], make: Callable[[int], Mutant
         except Exception:  # noqa: BLE001 - which is what is looked for
             pipe.send(Finding(number, made.origin, traceback.format_exc()))
             continue
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send(Outcome(number, made.origin, codes, time.process_time() - started, peak))
+        pipe.send(Outcome(number, made.origin, codes, time.process_time() - started, peak_resident_bytes()))
 
 
 def _codes(made: Mutant) -> Iterator[str]:

@@ -1,9 +1,13 @@
-"""How the C library's allocator treats the memory that a network, or a codec, takes and gives back at every call."""
+"""What a process holds of memory: what its allocator keeps of a network's or a codec's, and the most it ever held."""
 
 from __future__ import annotations
 
 import ctypes
+import re
+import resource
+from pathlib import Path
 
+_STATUS = Path("/proc/self/status")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3), as numbered in malloc.h."""
 _KEPT_BYTES = 2**31 - 1
@@ -23,3 +27,13 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(
         mallopt(_MMAP_THRESHOLD, _MOST_FROM_HEAP_BYTES) and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
     )
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process ever held of the host's memory."""
+    if _STATUS.exists():
+        # The high-water mark of getrusage also knows that of the process that this one was forked from.
+        held = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+        if held:
+            return int(held[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

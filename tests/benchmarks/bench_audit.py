@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from scanloom.audit.fidelity import Embedded
 from scanloom.audit.groups import Grouping
 from scanloom.audit.measuring import ENCODER, AuditJob, make_audit
 from scanloom.audit.utility import utility_of
+from scanloom.heap import peak_resident_bytes
 from scanloom.models.attribute_probe import ProbeNetwork
 from scanloom.models.copy_encoder import CopyEncoder, levels, weights_of
 from scanloom.models.probe_card import CARD, WEIGHTS, ProbeCard, Reading, outputs_of
@@ -68,7 +68,7 @@ def by_group(images: int) -> None:
     rows = {"images": drawn(images), "train": drawn(SCANS), "held out": drawn(SCANS)}
     vectors = {name: Embedded.of(random.standard_normal((len(of), WIDTH))) for name, of in rows.items()}
     grouping = Grouping.of(SCHEMA, rows["train"])
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, started = peak_resident_bytes(), time.monotonic()
     groups = [Group(rows[name], vectors[name].groups, random.random((len(rows[name]), len(outputs))))
               for name in ("images", "held out")]  # fmt: skip
     told = readings(card, grouping, *groups)
@@ -76,10 +76,10 @@ def by_group(images: int) -> None:
     alike = subgroups(grouping, vectors["images"], rows["images"], vectors["train"], rows["train"],
                       vectors["held out"], rows["held out"])  # fmt: skip
     found = gaps(grouping, told, alike)
-    took, most = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    took, most = time.monotonic() - started, peak_resident_bytes()
     print(
         f"{images} images: {len(told)} readings in {read_s:.1f} s, {len(alike)} cells' likeness in "
-        f"{took - read_s:.1f} s, {len(found)} gaps; peak memory {(most - before) / 1024:.0f} MB more", flush=True,
+        f"{took - read_s:.1f} s, {len(found)} gaps; peak memory {(most - before) / 1e6:.0f} MB more", flush=True,
     )  # fmt: skip
 
 
@@ -149,12 +149,12 @@ def whole(folder: Path, counts: list[int]) -> None:
             audit = Store(f"{place}/{count}-audit")
             audit.write(ENCODER, weights_of(CopyEncoder(channels, settings.copies.width)))
             job = AuditJob.of(settings, corpus, made, audit, probe)
-            before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+            before, started = peak_resident_bytes(), time.monotonic()
             make_audit(job.model_dump(mode="json"))
-            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            most = peak_resident_bytes()
             print(
                 f"an audit of {count} images of 128 px against {len(train)} scans: {time.monotonic() - started:.0f} s, "
-                f"peak memory {most / 1024:.0f} MB, {(most - before) / 1024:.0f} MB more than before", flush=True,
+                f"peak memory {most / 1e6:.0f} MB, {(most - before) / 1e6:.0f} MB more than before", flush=True,
             )  # fmt: skip
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from scanloom.heap import peak_resident_bytes
 
 _PEAK_TFLOPS = {
     r"B200": 2250.0,
@@ -31,7 +31,6 @@ _PEAK_TFLOPS = {
     r"RTX 4090": 165.2,
     r"RTX 3090": 71.0,
 }
-_STATUS = Path("/proc/self/status")
 
 
 class Meter:
@@ -146,12 +145,7 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most that was held so far, in 1e9 bytes: of a GPU's memory by tensors, else of the host's by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if _STATUS.exists():
-        # The high-water mark of getrusage also knows that of the process that this one was forked from.
-        held = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-        if held:
-            return int(held[1]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_resident_bytes() / 1e9
 
 
 def _on_meta(value: Tensor | Mapping[str, Tensor]) -> Any:
