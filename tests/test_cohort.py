@@ -196,11 +196,13 @@ def test_a_cohort_survives_the_manifest() -> None:
     assert CohortTables.model_validate_json(cohort.model_dump_json()) == cohort
 
 
-def test_a_million_rows_take_seconds() -> None:
+def test_a_million_rows_are_not_drawn_one_by_one() -> None:
     cohort = marginals(sex={"F": 0.5, "M": 0.5}, findings={"none": 0.6, "Cardiomegaly": 0.4}, age={"uniform": [30, 70]})
     started = time.process_time()
     assert len(draw(cohort, SCHEMA, 1_000_000, 1)) == 1_000_000
-    assert time.process_time() - started < 4.0
+    drawn = time.process_time()
+    assert len([{"index": row} for row in range(1_000_000)]) == 1_000_000
+    assert drawn - started < 10 * (time.process_time() - drawn)
 
 
 @pytest.mark.parametrize(

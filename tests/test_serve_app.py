@@ -160,9 +160,9 @@ def test_a_client_that_leaves_frees_its_slots(service: RunningService, client: h
 
 
 def test_what_cannot_be_made_in_time_is_refused_at_once(client: httpx.Client) -> None:
-    began = time.monotonic()
-    answer = client.post("/v1/images", json=LONG | {"deadline_s": 0.5})
-    assert time.monotonic() - began < 5.0
+    deadline_s, began = 5.0, time.monotonic()
+    answer = client.post("/v1/images", json=LONG | {"deadline_s": deadline_s})
+    assert time.monotonic() - began < deadline_s
     assert answer.status_code in (422, 503), answer.text
     assert "deadline" in answer.json()["detail"]
 

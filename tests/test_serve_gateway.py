@@ -199,11 +199,17 @@ def test_all_wrong_attributes_are_told_at_once_with_what_was_trained_on(ask: Ask
     ids=["names", "labels"],
 )
 def test_a_body_full_of_faults_costs_no_more_than_the_few_that_are_told(ask: Asked, wrong: dict[str, Any]) -> None:
-    started = time.process_time()
-    told = problem(ask("POST", "/v1/images", json={"attributes": wrong}), 422, "invalid")
-    assert 1 <= len(told.errors) <= 8
-    # Searched for what each may have meant, it takes many seconds.
-    assert time.process_time() - started < 1.5
+    def cost(body: dict[str, Any]) -> float:
+        started = time.process_time()
+        told = problem(ask("POST", "/v1/images", json=body), 422, "invalid")
+        assert 1 <= len(told.errors) <= 8
+        return time.process_time() - started
+
+    # After which the engine, whose time would count, too, has nothing to do.
+    assert ask("POST", "/v1/images", json=QUICK).status_code == 200
+    # Refused before its attributes are looked at. Searched for what each may have meant, they take 17 times as long.
+    unread = [cost({"generator": "nobody", "attributes": wrong}) for _ in range(3)]
+    assert min(cost({"attributes": wrong}) for _ in range(3)) < 5 * min(unread)
 
 
 def test_what_was_not_trained_on_is_told_with_the_envelope(ask: Asked) -> None:
