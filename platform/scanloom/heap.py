@@ -8,11 +8,13 @@ import resource
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 """Parameters of mallopt(3), as numbered in malloc.h."""
 _KEPT_BYTES = 2**31 - 1
 _MOST_FROM_HEAP_BYTES = 32 << 20
 """Larger blocks always come from the kernel: glibc allows no higher limit on 64 bits (DEFAULT_MMAP_THRESHOLD_MAX)."""
+_PAD_BYTES = 128 << 20
+"""Of a thread's heaps (64 MiB each, HEAP_MAX_SIZE) a free one is given back unless that leaves less than this."""
 
 
 def keep_freed_memory() -> bool:
@@ -21,12 +23,12 @@ def keep_freed_memory() -> bool:
     By default glibc takes blocks of 128 KiB and more from the kernel and gives them back, as it does the free end of
     its heap, and the kernel fills every page with zeros before it is used again. A network's activations are
     hundreds of such blocks a call: a process pays for them again and again, or not, by what sizes it happened to free
-    before, for each of which glibc raises its limits. The price is that the process stays as large as it once was.
+    before, for each of which glibc raises its limits. Threads other than the first have heaps of their own, many small
+    ones, which are given back whole. The price is that the process stays as large as it once was.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(
-        mallopt(_MMAP_THRESHOLD, _MOST_FROM_HEAP_BYTES) and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
-    )
+    settings = {_MMAP_THRESHOLD: _MOST_FROM_HEAP_BYTES, _TRIM_THRESHOLD: _KEPT_BYTES, _TOP_PAD: _PAD_BYTES}
+    return mallopt is not None and all(mallopt(parameter, value) for parameter, value in settings.items())
 
 
 def peak_resident_bytes() -> int:
