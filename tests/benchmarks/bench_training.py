@@ -297,8 +297,10 @@ def ddp(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
         f"The denoiser and batches of the first table, half a batch a worker, one thread each.\n\n"
         f"{_table(runs, titles)}\n\n"
         f"DistributedDataParallel exchanges gradients while it computes them. DeepSpeed exchanges them afterwards on "
-        f"CPUs, and the weights after every step: its workers wait meanwhile. What Ray's own processes, which wake "
-        f"many times a second, take from workers that hold every core of the machine shows between the last two rows.\n"
+        f"CPUs, and the weights after every step: its workers wait meanwhile, about a tenth of the time. The last two "
+        f"rows differ by what Ray's own processes, which wake many times a second, take from workers that hold every "
+        f"core of the machine, and by the memory that glibc gives back to the kernel where a thread trains, not a "
+        f"process (scanloom has it kept).\n"
     )
     return text, missed
 
