@@ -40,6 +40,9 @@ COMPARED = 0.8
 """The load at which peers are compared, and that may be measured alone."""
 WARM = 0.2
 """Share of a run's time whose requests are not counted."""
+SATURATION_SEED = 3
+"""Of the step counts that the bare engine and a saturated service are asked for: an engine that starts with all its
+slots at once makes more images at some times than at others, until they have drifted apart."""
 STARTS_S = 120.0
 MORE_THROUGHPUT, LESS_P95, LEAST_SATURATION, MOST_REFUSAL_S, LEAST_KEPT = 1.3, 0.6, 0.95, 0.1, 0.99
 
@@ -118,7 +121,10 @@ def bare_engine(rows: int, seconds: float, settings: Settings) -> float:
 
     bench = open_workbench(GENERATOR, slots=SLOTS, rows=rows, **asdict(settings))
     bench.warm_up()
-    asked = (ImageRequest(n, 1, ATTRIBUTES, steps) for n, steps in zip(itertools.count(), step_counts(3), strict=False))
+    asked = (
+        ImageRequest(n, 1, ATTRIBUTES, steps)
+        for n, steps in zip(itertools.count(), step_counts(SATURATION_SEED), strict=False)
+    )
     started, made, counted = time.perf_counter(), 0, 0.0
     for _ in bench.engine.run(asked):
         now = time.perf_counter() - started
@@ -204,7 +210,7 @@ def measure(
             found[f"{load:.0%}"] = figures(outcomes, seconds, target.deadline_s)
         if saturation:
             patient = Target(target.url, target.headers, 300.0)
-            outcomes = sender.apply(closed_loop, (patient, 2 * SLOTS, seconds, seed))
+            outcomes = sender.apply(closed_loop, (patient, 2 * SLOTS, seconds, SATURATION_SEED))
             found["saturation"] = figures(outcomes, seconds, 300.0)
     return found
 
@@ -220,9 +226,7 @@ def measured(
     rounds: int, seconds: float, settings: Settings, loads: Sequence[float], saturation: bool
 ) -> tuple[list[Run], dict[int, float], float]:
     """The runs, the bare engine's images per second by rows of a call, and the deadline of the requests."""
-    bare = {
-        rows: alone(rows, max(10.0, seconds / 2), settings) for rows in ((ROWS, FEWER_ROWS) if saturation else (ROWS,))
-    }
+    bare = {rows: alone(rows, seconds, settings) for rows in ((ROWS, FEWER_ROWS) if saturation else (ROWS,))}
     capacity = bare[ROWS]
     # Twice what an image of the most steps takes in a full engine.
     deadline_s = round(2 * MOST * SLOTS / capacity / statistics.mean((FEWEST, MOST)), 1)
