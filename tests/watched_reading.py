@@ -78,10 +78,12 @@ def read_watched(numbers: Sequence[int], make: Callable[[int], Mutant]) -> Itera
     """What becomes of each of these files; every number comes out once. `make` must be importable by its name."""
     left = list(numbers)
     while left:
+        before = len(left)
         with _Reader(left, make) as reader:
             for result in reader.results():
                 yield result
                 left = left[left.index(result.number) + 1 :]
+        assert len(left) < before, f"the reader ended before it said anything of file {left[0]}"
 
 
 class _Reader:
