@@ -129,8 +129,7 @@ def _step(model: Any, recipe: Finetune, ema: Ema, step: int, rank: int, workers:
         alphas_B, sigmas_B = schedule.alphas_T.float()[at_B], schedule.sigmas_T.float()[at_B]
         noisy = add_noise(d.posterior_BCHW, d.noise_BCHW, alphas_B, sigmas_B)
         loss = (model.predict(noisy, at_B, _condition(share)) - d.posterior_BCHW).square().mean()
-        model.engine.backward(loss)
-        model.engine.step()
+        model.learn(loss)
         total += loss.detach() / recipe.gradient_accumulation
     ema.update()
     torch.distributed.all_reduce(total)

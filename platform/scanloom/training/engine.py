@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from scanloom.errors import RecipeError
 from scanloom.recipe import Finetune
+from scanloom.training.exchange import Exchange
 
 BETAS = (0.9, 0.99)
 INITIAL_LOSS_SCALE_POWER = 16
@@ -28,6 +29,8 @@ class Model:
     engine: Any
     dtype: torch.dtype
     memory_format: torch.memory_format
+    exchange: Exchange | None
+    """What averages the gradients; None where DeepSpeed does."""
 
     @property
     def device(self) -> torch.device:
@@ -40,6 +43,20 @@ class Model:
         noisy_BCHW = noisy_BCHW.to(self.device, self.dtype, non_blocking=True, memory_format=self.memory_format)
         predicted: Tensor = self.engine(noisy_BCHW, timesteps_B.to(self.device, non_blocking=True), told)
         return predicted.float()
+
+    def learn(self, loss: Tensor) -> None:
+        """Add this loss's gradients, and step the weights where the batch is whole. Collective."""
+        engine, exchange = self.engine, self.exchange
+        if exchange is None or not engine.is_gradient_accumulation_boundary():
+            engine.backward(loss)
+            engine.step()
+            return
+        exchange.begin()
+        with engine.no_sync():
+            engine.backward(loss)
+        exchange.finish()
+        engine.step()
+        exchange.spread()
 
 
 def start(recipe: Finetune, denoiser: nn.Module) -> Model:
@@ -68,7 +85,9 @@ def start(recipe: Finetune, denoiser: nn.Module) -> Model:
     if recipe.compile:
         engine.compile()
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
-    return Model(engine, DTYPES[recipe.precision], layout)
+    told = config["zero_optimization"]
+    direct = told["stage"] == 1 and not recipe.use_gpu and "offload_optimizer" not in told
+    return Model(engine, DTYPES[recipe.precision], layout, Exchange(engine.optimizer) if direct else None)
 
 
 def deepspeed_config(recipe: Finetune, workers: int) -> dict[str, Any]:

@@ -152,8 +152,7 @@ class Run:
         for batch in batches:
             weight_B = batch.weight_B.to(self.model.device, non_blocking=True)
             loss = (row_errors(self.model, batch) * weight_B).mean()
-            under.backward(loss)
-            under.step()
+            self.model.learn(loss)
             total += loss.detach() / len(batches)
             self.meter.step(len(weight_B))
         self.ema.update()
