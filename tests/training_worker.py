@@ -1,4 +1,4 @@
-"""A few training steps of a tiny denoiser on any number of workers, without Ray, for test_training_checkpoint.py."""
+"""A few training steps of a tiny denoiser on any number of workers, without Ray, for tests of what they share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from scanloom.training.partition import Partition
 from tests.tiny_generator import SCHEMA
 
 SHAPE = (4, 8, 8)
+SHORT: dict[str, Any] = {"batch_size": 4, "learning_rate": 1e-2}
 FROZEN = "unet.conv_in.weight"
 
 
@@ -33,6 +35,13 @@ def train(folder: Path, name: str, *, workers: int, steps: tuple[int, int], **re
     What training came to is left in `folder / name`: the average, put together from all workers, and what the engine
     says to a probe with its weights, with the average, and with its weights again.
     """
+    on_workers(workers, folder, name, _train, (folder, name, steps, Finetune(**SHORT | recipe)))
+    losses: list[float] = json.loads((folder / f"{name}.losses").read_text())
+    return losses
+
+
+def on_workers(workers: int, folder: Path, name: str, work: Callable[..., None], told: tuple[Any, ...]) -> None:
+    """Call `work(rank, workers, *told)` in so many processes that gloo joins; raises what they raised."""
     # A server that has imported everything forks the workers: importing takes longer than training.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__, "deepspeed"])
@@ -40,7 +49,7 @@ def train(folder: Path, name: str, *, workers: int, steps: tuple[int, int], **re
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running = [
-        processes.Process(target=_work, args=(folder, name, rank, workers, port, steps, recipe))
+        processes.Process(target=_work, args=(folder / f"{name}-{rank}.error", rank, workers, port, work, told))
         for rank in range(workers)
     ]
     for process in running:
@@ -48,15 +57,11 @@ def train(folder: Path, name: str, *, workers: int, steps: tuple[int, int], **re
     for process in running:
         process.join(timeout=300)
         process.kill()
-    told = sorted(folder.glob(f"{name}-*.error"))
-    assert not told, told[0].read_text()
-    losses: list[float] = json.loads((folder / f"{name}.losses").read_text())
-    return losses
+    failed = sorted(folder.glob(f"{name}-*.error"))
+    assert not failed, failed[0].read_text()
 
 
-def _work(
-    folder: Path, name: str, rank: int, workers: int, port: int, steps: tuple[int, int], recipe: dict[str, Any]
-) -> None:
+def _work(error: Path, rank: int, workers: int, port: int, work: Callable[..., None], told: tuple[Any, ...]) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers), "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -70,13 +75,15 @@ def _work(
     accelerator.is_fp16_supported = lambda: True
     try:
         torch.distributed.init_process_group("gloo")
-        _train(folder, name, rank, workers, steps, Finetune(batch_size=4, learning_rate=1e-2, **recipe))
+        work(rank, workers, *told)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     except BaseException:
-        (folder / f"{name}-{rank}.error").write_text(traceback.format_exc())
+        error.write_text(traceback.format_exc())
         raise
 
 
-def _train(folder: Path, name: str, rank: int, workers: int, steps: tuple[int, int], recipe: Finetune) -> None:
+def _train(rank: int, workers: int, folder: Path, name: str, steps: tuple[int, int], recipe: Finetune) -> None:
     denoiser = build_denoiser(AttributeUnet(channels=(8, 16), condition_dim=16), SCHEMA, SHAPE, seed=1)
     denoiser.get_parameter(FROZEN).requires_grad_(False)
     saved = SavedState(folder / "state") if (folder / "state").exists() else None
@@ -103,8 +110,6 @@ def _train(folder: Path, name: str, rank: int, workers: int, steps: tuple[int, i
     if rank == 0:
         torch.save(end, folder / name)
         (folder / f"{name}.losses").write_text(json.dumps(losses))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @torch.no_grad()

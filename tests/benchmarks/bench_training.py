@@ -296,11 +296,10 @@ def ddp(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
     text = (
         f"The denoiser and batches of the first table, half a batch a worker, one thread each.\n\n"
         f"{_table(runs, titles)}\n\n"
-        f"DistributedDataParallel exchanges gradients while it computes them. DeepSpeed exchanges them afterwards on "
-        f"CPUs, and the weights after every step: its workers wait meanwhile, about a tenth of the time. The last two "
-        f"rows differ by what Ray's own processes, which wake many times a second, take from workers that hold every "
-        f"core of the machine, and by the memory that glibc gives back to the kernel where a thread trains, not a "
-        f"process (scanloom has it kept).\n"
+        f"DistributedDataParallel sums all gradients on all workers. scanloom's workers send each other only what the "
+        f"other steps, while they compute the rest, and their weights after every step (`scanloom.training.exchange`). "
+        f"The last two rows differ by what Ray's own processes, which wake many times a second, take from workers that "
+        f"hold every core of the machine.\n"
     )
     return text, missed
 

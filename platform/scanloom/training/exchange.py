@@ -3,7 +3,7 @@
 DeepSpeed has all workers sum all gradients once the last of them is known, although each steps only its share of the
 weights; and gloo sums and gathers along a ring, with every worker waiting for its neighbour at every turn. Here each
 worker sends every other what that one steps and nothing else (reduce-scatter by pairwise exchange: Thakur, Rabenseifner
-& Gropp 2005, section 3.4), piece by piece while the backward pass computes the rest.
+& Gropp 2005), piece by piece while the backward pass computes the rest.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Exchange:
         self._within = [[n for n, p in enumerate(self._pieces) if i in p.parameters] for i in range(len(spans))]
         self._missing: dict[int, set[int]] = {}
         """By piece that is not yet sent, the parameters whose gradients it waits for."""
-        self._under_way: list[torch.distributed.Work] = []
+        self._under_way: list[torch.distributed.Work | None] = []
         for index, parameter in enumerate(self._parameters):
             parameter.register_post_accumulate_grad_hook(partial(self._known, index))
         # In a group of its own a worker has nobody to gather from, and DeepSpeed's step ends with its own share.
@@ -122,7 +122,7 @@ class Exchange:
         self._under_way.append(torch.distributed.irecv(into, sender, tag=tag))
 
     def _settle(self) -> None:
-        for message in self._under_way:
+        for message in filter(None, self._under_way):
             message.wait()
         self._under_way.clear()
 
