@@ -222,27 +222,43 @@ def alone(rows: int, seconds: float, settings: Settings) -> float:
     return rate
 
 
+@dataclass(frozen=True)
+class Bare:
+    """Images per second of the bare engine."""
+
+    capacity: float
+    """Before all else: what loads are shares of."""
+    fewer_rows: float
+    rounds: Sequence[float]
+    """Of each round, right before and right after the service: this machine's rates change while it is measured."""
+
+
 def measured(
     rounds: int, seconds: float, settings: Settings, loads: Sequence[float], saturation: bool
-) -> tuple[list[Run], dict[int, float], float]:
-    """The runs, the bare engine's images per second by rows of a call, and the deadline of the requests."""
-    bare = {rows: alone(rows, seconds, settings) for rows in ((ROWS, FEWER_ROWS) if saturation else (ROWS,))}
-    capacity = bare[ROWS]
+) -> tuple[list[Run], Bare, float]:
+    """The runs, the bare engine, and the deadline of the requests."""
+    capacity = alone(ROWS, seconds, settings)
+    fewer_rows = alone(FEWER_ROWS, seconds, settings) if saturation else float("nan")
     # Twice what an image of the most steps takes in a full engine.
     deadline_s = round(2 * MOST * SLOTS / capacity / statistics.mean((FEWEST, MOST)), 1)
-    _say(f"bare engine: {bare} images/s; deadline {deadline_s} s")
-    runs = []
+    _say(f"bare engine: {capacity:.2f} images/s, with fewer rows {fewer_rows:.2f}; deadline {deadline_s} s")
+    runs, beside = [], list[float]()
     for turn in range(rounds):
         run: dict[str, dict[str, Figures]] = {}
         with tempfile.TemporaryDirectory(prefix="scanloom-bench-") as folder:
             found = services(Path(folder), deadline_s, settings)
             for name in list(found)[:: -1 if turn % 2 else 1]:
+                compared = saturation and name == "scanloom"
+                before = alone(ROWS, seconds, settings) if compared else 0.0
                 with found[name]() as target:
                     run[name] = measure(target, capacity, seconds, turn + 1, loads, saturation)
+                if compared:
+                    beside.append((before + alone(ROWS, seconds, settings)) / 2)
+                    _say(f"round {turn + 1}: bare engine beside it {beside[-1]:.2f} images/s")
                 for load, told in run[name].items():
                     _say(f"round {turn + 1}: {name}, {load}: {told}")
         runs.append(run)
-    return runs, bare, deadline_s
+    return runs, Bare(capacity, fewer_rows, beside), deadline_s
 
 
 def _say(text: str) -> None:
@@ -325,15 +341,23 @@ def _load_table(runs: Sequence[Run], loads: Sequence[float]) -> str:
     return "\n".join(lines)
 
 
-def beside_engine(runs: Sequence[Run], bare: Mapping[int, float]) -> tuple[str, list[str]]:
-    saturation = {name: _median(runs, name, "saturation", "images_per_s") for name in runs[0]}
-    share = saturation["scanloom"] / bare[ROWS]
-    lines = "\n".join(f"| {name} | {rate:.2f} | {rate / bare[ROWS]:.2f} |" for name, rate in saturation.items())
+def beside_engine(runs: Sequence[Run], bare: Bare) -> tuple[str, list[str]]:
+    shares = {
+        name: [run[name]["saturation"].images_per_s / rate for run, rate in zip(runs, bare.rounds, strict=True)]
+        for name in runs[0]
+    }
+    lines = "\n".join(
+        f"| {name} | {_median(runs, name, 'saturation', 'images_per_s'):.2f} | {statistics.median(by_round):.2f} "
+        f"| {', '.join(f'{share:.2f}' for share in by_round)} |"
+        for name, by_round in shares.items()
+    )
+    share = statistics.median(shares["scanloom"])
     text = (
-        f"{2 * SLOTS} clients, each of which asks again as soon as it is answered; the same mix. The bare engine with "
-        f"{FEWER_ROWS} rows a call, better for who is alone, worse for all others: {bare[FEWER_ROWS]:.2f} images/s.\n\n"
-        "| | images/s | of the bare engine |\n|---|---|---|\n"
-        f"| bare engine, {ROWS} rows a call | {bare[ROWS]:.2f} | 1 |\n{lines}\n"
+        f"{2 * SLOTS} clients, each of which asks again as soon as it is answered; the same mix. The bare engine runs "
+        f"right before and right after the service in every round. With {FEWER_ROWS} rows a call, better for who is "
+        f"alone, worse for all others, it makes {bare.fewer_rows:.2f} images/s.\n\n"
+        "| | images/s | of the bare engine | by round |\n|---|---|---|---|\n"
+        f"| bare engine, {ROWS} rows a call | {statistics.median(bare.rounds):.2f} | 1 | |\n{lines}\n"
     )
     return text, [f"saturation {share:.3f} of the bare engine, asked {LEAST_SATURATION}"] * (share < LEAST_SATURATION)
 
@@ -360,7 +384,7 @@ def main() -> int:
     found = {}
     if loads:
         title = LOAD_TITLE if loads == LOADS else ONE_LOAD_TITLE
-        found[title] = under_load(runs, asked.seconds, bare[ROWS], deadline_s, settings, loads)
+        found[title] = under_load(runs, asked.seconds, bare.capacity, deadline_s, settings, loads)
     if "saturation" in asked.parts:
         found[ENGINE_TITLE] = beside_engine(runs, bare)
     missed = []
