@@ -299,7 +299,8 @@ def ddp(folder: Path, rounds: int, _: Any) -> tuple[str, list[str]]:
         f"DistributedDataParallel sums all gradients on all workers. scanloom's workers send each other only what the "
         f"other steps, while they compute the rest, and their weights after every step (`scanloom.training.exchange`). "
         f"The last two rows differ by what Ray's own processes, which wake many times a second, take from workers that "
-        f"hold every core of the machine.\n"
+        f"hold every core of the machine, and by the memory that glibc gives back to the kernel where a thread trains, "
+        f"not a process (scanloom has it kept).\n"
     )
     return text, missed
 
